@@ -1,0 +1,201 @@
+"""Settings: one frozen tree; defaults < the base's recipe < --config FILE < --set KEY=VALUE."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from llm_clf.errors import ConfigError
+
+DEFAULT_BASE = "glm-nano"
+Metric = Literal["f1", "macro_f1", "weighted_f1", "accuracy", "log_loss", "roc_auc"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys and changes after loading are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """The base model and how it is held in memory."""
+
+    name: Annotated[str, Field(min_length=1)] = DEFAULT_BASE
+    """`glm-nano`, a local folder, or a Hugging Face id."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the frozen weights; auto: bf16 where the device computes in it, else fp16 on CUDA and fp32 on CPU."""
+
+
+class DataSettings(Section):
+    """How rows become tokens."""
+
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Most tokens of a prompt with its answer; never more than the base's own limit."""
+    cut: str | None = None
+    """The column that gives way in a row that is too long; none: the one that the task names."""
+
+
+class LoraSettings(Section):
+    """The adapter, as PEFT's LoraConfig names things."""
+
+    r: Annotated[int, Field(ge=1)] = 8
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that get an adapter, a regular expression, or all-linear."""
+    exclude_modules: list[str] | None = None
+    """Names of layers that get none."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA: magnitude and direction apart."""
+
+
+class TrainSettings(Section):
+    """The training loop."""
+
+    epochs: Annotated[int, Field(ge=1)] = 3
+    """Passes over the training rows."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows per optimiser step."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Most padded tokens in one forward and backward; does not change the result."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Highest learning rate."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.05
+    """Warm-up: a share of all steps where below 1, else a number of steps."""
+    eval_every: Annotated[float, Field(gt=0)] = 1.0
+    """Epochs between evaluations; 0.5 evaluates twice an epoch."""
+    metric: Metric = "f1"
+    """What the kept checkpoint is best in; f1: of the second label where there are two, macro otherwise."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many evaluations without a better one; 0 never stops early."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the adapter's initial weights, of dropout and of the order of rows."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class PredictSettings(Section):
+    """Scoring, in validation and in prediction alike."""
+
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    """Most padded tokens in one forward."""
+    merge: bool = False
+    """Add the adapter into the base's weights before scoring: faster, equal up to rounding in the base's dtype."""
+
+
+class Settings(Section):
+    """All settings of a run."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    lora: LoraSettings = LoraSettings()
+    train: TrainSettings = TrainSettings()
+    predict: PredictSettings = PredictSettings()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """A section with nothing under it (`train:`) means its defaults."""
+        return {} if value is None else value
+
+
+def load_settings(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Settings:
+    """Return the settings: defaults, then each file, then each `section.key=value`.
+
+    Raises:
+        ConfigError: A file or an override cannot be read, or a key or value is wrong; all faults at once.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        _merge(tree, _read_yaml(file))
+    for override in overrides:
+        _merge(tree, _parse_override(override))
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        source = ", ".join([str(file) for file in files] + (["--set"] if overrides else []))
+        faults = "\n".join(f"  {line}" for line in _faults(error))
+        raise ConfigError(f"Settings ({source}) are wrong:\n{faults}") from error
+
+
+def settings_to_dict(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain values, fit for YAML and JSON."""
+    return settings.model_dump(mode="json")
+
+
+def known_keys() -> list[str]:
+    """Return every setting as `section.key`."""
+    return [
+        f"{section}.{key}"
+        for section, field in Settings.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", {})
+    ]
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: settings cannot be read: {error}. Give --config a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: is not YAML: {error}") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigError(
+            f"{file}: found {type(tree).__name__}, expected sections such as `train:` with keys under them."
+        )
+    return tree or {}
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"--set {override!r}: expected SECTION.KEY=VALUE, such as lora.r=16.")
+    try:
+        return {section: {name: yaml.safe_load(text)}}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _merge(tree: dict[str, Any], newer: Mapping[str, Any]) -> None:
+    """Lay `newer` over `tree`, section by section; sections that are no mappings are left for validation to refuse."""
+    for section, values in newer.items():
+        if isinstance(values, Mapping) and isinstance(tree.get(section), dict):
+            tree[section].update(values)
+        else:
+            tree[section] = dict(values) if isinstance(values, Mapping) else values
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    """Yield one line a fault: where, what was found, what is allowed."""
+    keys = known_keys()
+    # A value that fits none of several allowed types gives one error for each; one line a key is enough.
+    seen: dict[str, str] = {}
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"][:2])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, [*keys, *Settings.model_fields], n=1)
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(keys)}."
+            line = f"{key}: there is no such setting; {advice}"
+        else:
+            line = f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}."
+        if key in seen:
+            line = f"{seen[key].removesuffix('.')}, or {fault['msg'][0].lower()}{fault['msg'][1:]}."
+        seen[key] = line
+    yield from seen.values()
+
+
+METRICS: tuple[str, ...] = get_args(Metric)

@@ -1,0 +1,1 @@
+"""Rows to prompts: reading tables, tasks and their templates, duplicates, splits."""

@@ -1,0 +1,219 @@
+"""Read rows from CSV, TSV, JSONL, JSON or Parquet, also gzipped, one at a time and with every cell as text."""
+
+import csv
+import gzip
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from llm_clf.errors import DataError
+
+STDIN = "-"
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+PARQUET_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of a table."""
+
+    where: str
+    """File and line (or record) for messages."""
+    cells: dict[str, str]
+    """Column name to text; empty text where the cell was empty, null or NaN."""
+
+
+def read_rows(files: Sequence[Path], *, encoding: str = "utf-8") -> Iterator[Row]:
+    """Yield the rows of all files in order, reading as it goes.
+
+    Args:
+        files: Tables; their endings tell the format, `.gz` after it is allowed.
+        encoding: Of text files; a byte-order mark is dropped.
+
+    Raises:
+        DataError: A file is missing, of an unknown format, damaged, or not in the encoding.
+    """
+    for file in files:
+        yield from _read_file(file, encoding)
+
+
+def _read_file(file: Path, encoding: str) -> Iterator[Row]:
+    suffix = _format_of(file)
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_rows(file)
+            return
+        with _open_text(file, encoding) as text:
+            if suffix == ".csv":
+                yield from _csv_rows(file, text, ",")
+            elif suffix == ".tsv":
+                yield from _csv_rows(file, text, "\t")
+            elif suffix == ".jsonl":
+                yield from _jsonl_rows(file, text)
+            else:
+                yield from _json_rows(file, text)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: is not {encoding}: byte {error.object[error.start]:#04x} cannot be decoded. "
+            "Give the file's own encoding, such as --encoding gb18030."
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file}: the gzip data is damaged or cut off ({error}). Compress it again.") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}.") from error
+    except LookupError as error:
+        raise DataError(
+            f"--encoding {encoding!r}: there is no such encoding; usual ones are utf-8, gb18030, latin-1."
+        ) from error
+
+
+def _format_of(file: Path) -> str:
+    if not file.exists():
+        raise DataError(f"{file}: there is no such file.")
+    if file.is_dir():
+        raise DataError(f"{file}: is a folder; give a file that ends in {', '.join(FORMATS)} (or these with .gz).")
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    gzipped = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[-2:-1] if gzipped else suffixes[-1:]) or [""]
+    if suffix[0] not in FORMATS:
+        raise DataError(
+            f"{file}: found the ending {file.suffix!r}; rows come as {', '.join(FORMATS)} (or these with .gz)."
+        )
+    return suffix[0]
+
+
+def _open_binary(file: Path) -> BinaryIO:
+    opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb")
+    return opened  # type: ignore[return-value]
+
+
+@contextmanager
+def _open_text(file: Path, encoding: str) -> Iterator[TextIO]:
+    if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
+        encoding = "utf-8-sig"
+    text = io.TextIOWrapper(_open_binary(file), encoding=encoding, newline="")
+    with text:
+        yield text
+
+
+def _csv_rows(file: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise DataError(f"{file}: is empty; the first line must name the columns.")
+        _check_header(file, header)
+        start = reader.line_num + 1
+        for values in reader:
+            if values:
+                if len(values) != len(header):
+                    raise DataError(
+                        f"{file}:{start}: found {len(values)} cells, the header has {len(header)}. "
+                        "Quote cells that hold the delimiter."
+                    )
+                yield Row(f"{file}:{start}", dict(zip(header, map(_csv_text, values), strict=True)))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}: is not well-formed CSV: {error}.") from error
+
+
+def _csv_text(cell: str) -> str:
+    return "" if cell in ("NaN", "nan") else cell
+
+
+def _check_header(file: Path, header: Sequence[str]) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1}) if len(set(header)) < len(header) else []
+    if repeated:
+        raise DataError(
+            f"{file}: the header names {', '.join(map(repr, repeated))} more than once. Rename the columns."
+        )
+
+
+def _jsonl_rows(file: Path, text: TextIO) -> Iterator[Row]:
+    empty = True
+    for number, line in enumerate(text, start=1):
+        if not line.strip():
+            continue
+        empty = False
+        where = f"{file}:{number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{where}: is not JSON: {error}. Each line must hold one object.") from error
+        yield _record_row(where, record)
+    if empty:
+        raise DataError(f"{file}: is empty; each line must hold one JSON object.")
+
+
+def _json_rows(file: Path, text: TextIO) -> Iterator[Row]:
+    try:
+        records = json.loads(text.read())
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{file}: is not JSON: {error}. For one object a line, name it .jsonl.") from error
+    if not isinstance(records, list):
+        raise DataError(f"{file}: found {type(records).__name__}, expected an array of objects.")
+    for number, record in enumerate(records):
+        yield _record_row(f"{file}, record {number}", record)
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _open_binary(file) as opened:
+        try:
+            source = io.BytesIO(opened.read()) if file.suffix.lower() == ".gz" else opened
+            table = pq.ParquetFile(source)
+            _check_header(file, table.schema_arrow.names)
+            number = 0
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH):
+                for record in batch.to_pylist():
+                    yield _record_row(f"{file}, record {number}", record)
+                    number += 1
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{file}: is not a whole Parquet file: {error}.") from error
+
+
+def _record_row(where: str, record: Any) -> Row:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: found {type(record).__name__}, expected an object of column names and values.")
+    return Row(where, {str(name): _cell_text(value) for name, value in record.items()})
+
+
+def _cell_text(value: Any) -> str:
+    """Return a typed value as the text that a person would have written in a CSV cell."""
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, str):
+        # Half of a surrogate pair is legal in JSON but in no file; it would break every later write.
+        return value.encode("utf-8", "replace").decode("utf-8") if not value.isascii() else value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+@contextmanager
+def rewindable(files: Sequence[str | Path]) -> Iterator[list[Path]]:
+    """Yield files that can be read several times: standard input (`-`) is copied into a temporary one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        yield [_spool_stdin(Path(scratch)) if str(file) == STDIN else Path(file) for file in files]
+
+
+def _spool_stdin(folder: Path) -> Path:
+    """Copy standard input into the folder; its first character tells CSV, JSONL and JSON apart."""
+    first = sys.stdin.buffer.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # type: ignore[union-attr]
+    file = folder / ("stdin" + {b"{": ".jsonl", b"[": ".json"}.get(first, ".csv"))
+    with open(file, "wb") as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+    return file
