@@ -1,0 +1,1 @@
+"""Tokens, batches, label scores and the training loop."""

@@ -1,0 +1,148 @@
+"""The only place where a row becomes tokens: for training, validation, prediction and chat alike."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_clf.errors import ConfigError, LabelError
+from llm_clf.prompting.prompts import Prompt
+from llm_clf.prompting.tasks import Task
+
+# Stands for the message while the chat template is rendered; nothing that a template would change or strip.
+_PLACE = "llm-clf-message-goes-here"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A tokenised prompt."""
+
+    ids: list[int]
+    """Token ids up to where the answer begins."""
+    cut: bool
+    """Whether the row's text was cut to fit."""
+
+
+class PromptTokenizer:
+    """Turns prompts into token ids, and labels into the token sequences of their words with the end token.
+
+    Args:
+        tokenizer: The base's tokenizer.
+        task: Gives the instruction, the template and the labels.
+        max_length: Most tokens of a prompt with its longest answer.
+        cut: The column that gives way in a longer row; None: the end of the input.
+
+    Raises:
+        LabelError: Two labels have the same tokens.
+        ConfigError: The instruction alone leaves no room for any text.
+    """
+
+    def __init__(self, tokenizer: Any, task: Task, *, max_length: int, cut: str | None = None) -> None:
+        if cut is not None and cut not in task.columns:
+            raise ConfigError(f"data.cut {cut!r}: is no column of the task; these are {', '.join(task.columns)}.")
+        self.task = task
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._tokenizer = tokenizer
+        self._cut = cut or task.cut
+        self._head, self._before, self._after, self._tail = _frame(tokenizer)
+        self.answers = self._tokenize_labels()
+        """Token sequences by label, then by word, each with the end token."""
+        self.max_prompt = max_length - max(len(word) for words in self.answers for word in words)
+        shortest = self._lengths([""])[0]
+        if shortest >= self.max_prompt:
+            raise ConfigError(
+                f"data.max_length {max_length}: the instruction, the template and the answer alone take "
+                f"{shortest + max_length - self.max_prompt} tokens. Raise it, or shorten the instruction."
+            )
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Example]:
+        """Return the prompts as token ids, each at most `max_prompt` long."""
+        examples = []
+        for prompt, ids in zip(prompts, self._encode_inputs([prompt.input for prompt in prompts]), strict=True):
+            if len(ids) <= self.max_prompt:
+                examples.append(Example(ids, cut=False))
+            else:
+                examples.append(Example(self._encode_inputs([self._shorten(prompt.input)])[0], cut=True))
+        return examples
+
+    def answer(self, label: str) -> list[int]:
+        """Return the tokens that training teaches for a label, with the end token."""
+        return self.answers[self.task.names.index(label)][0]
+
+    def _encode_inputs(self, inputs: Sequence[str]) -> list[list[int]]:
+        texts = [f"{self._before}{self.task.instruction}\n{text}{self._after}" for text in inputs]
+        return [[*self._head, *ids, *self._tail] for ids in self._tokenize(texts)]
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenise plain text: what looks like a special token in it stays text."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False, truncation=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _lengths(self, inputs: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self._encode_inputs(inputs)]
+
+    def _shorten(self, text: str) -> str:
+        """Return the text with as much of its cut column as fits; if even none of it fits, the rest is cut too."""
+        start, end = self.task.cut_span(text, self._cut)
+        rest = text[end:]
+        if self._lengths([text[:start] + rest])[0] > self.max_prompt:
+            text, start, end, rest = text[:start] + rest, 0, start + len(rest), ""
+        # Try from short to long, so that a field of a megabyte is not tokenised again and again.
+        fits, size = 0, self.max_prompt
+        while start + size < end and self._lengths([text[: start + size] + rest])[0] <= self.max_prompt:
+            fits, size = size, size * 2
+        too_long = min(size, end - start)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self._lengths([text[: start + middle] + rest])[0] <= self.max_prompt:
+                fits = middle
+            else:
+                too_long = middle
+        return text[: start + fits] + rest
+
+    def _tokenize_labels(self) -> list[list[list[int]]]:
+        end = self._tokenizer.eos_token_id
+        answers = [[[*ids, end] for ids in self._tokenize(label.words)] for label in self.task.labels]
+        owners: dict[tuple[int, ...], str] = {}
+        for label, words in zip(self.task.labels, answers, strict=True):
+            for word, ids in zip(label.words, words, strict=True):
+                other = owners.setdefault(tuple(ids), f"{word!r} of label {label.label!r}")
+                if other != f"{word!r} of label {label.label!r}":
+                    raise LabelError(
+                        f"{word!r} of label {label.label!r} and {other} are the same tokens {ids[:-1]} for this base, "
+                        "so they cannot be told apart. Give the labels other words."
+                    )
+        return answers
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], str, str, list[int]]:
+    """Return what stands around a message: head ids, text before it, text after it, tail ids.
+
+    Head and tail reach up to the template's special tokens that are nearest to the message; the plain text between
+    them and the message is tokenised together with it, as the template's whole text would be.
+    """
+    if tokenizer.chat_template is None:
+        with_specials = tokenizer("x")["input_ids"]
+        plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+        starts = [i for i in range(len(with_specials)) if with_specials[i : i + len(plain)] == plain]
+        return with_specials[: starts[0]] if starts else [], "", "\n", []
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True
+    )
+    head, _, tail = rendered.partition(_PLACE)
+    specials = sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+    inner_head = max((match.end() for match in pattern.finditer(head)), default=0)
+    first = pattern.search(tail)
+    inner_tail = first.start() if first else len(tail)
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return found
+
+    return ids(head[:inner_head]), head[inner_head:], tail[:inner_tail], ids(tail[inner_tail:])

@@ -1,0 +1,276 @@
+"""The LoRA training loop: answer-only loss, evaluation, best checkpoint, and a state that survives a kill."""
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from llm_clf.config import TrainSettings
+from llm_clf.console import progress, say
+from llm_clf.engine.batches import pad_left, plan_batches
+from llm_clf.engine.scoring import forward_arguments, last_logits
+from llm_clf.errors import TrainingError
+from llm_clf.files import replace_folder, write_json
+from llm_clf.models.adapters import adapter_state, load_adapter_state, trainable
+
+IGNORED = -100
+MAX_GRAD_NORM = 1.0
+CHECKPOINT_SECONDS = 60.0
+LOWER_IS_BETTER = frozenset({"log_loss"})
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingExample:
+    """A prompt with the answer that it should get."""
+
+    ids: list[int]
+    """Token ids of the prompt."""
+    answer: list[int]
+    """Token ids of the answer, with the end token."""
+    weight: float
+    """Share in the loss, by its label's class weight."""
+
+
+@dataclass
+class Progress:
+    """Where training stands; written with every checkpoint."""
+
+    step: int = 0
+    best_step: int | None = None
+    best: tuple[float, float] | None = None
+    """The kept checkpoint's metric (higher is better) and, to settle ties, its negative log-loss."""
+    since_best: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    """Time spent in training steps."""
+    rows: int = 0
+    """Rows trained on, each epoch counted."""
+    tokens: int = 0
+    """Real tokens read in training steps."""
+    stopped_early: bool = False
+
+
+def train(
+    model: Any,
+    examples: Sequence[TrainingExample],
+    settings: TrainSettings,
+    *,
+    accelerator: Accelerator,
+    pad_id: int,
+    evaluate: Evaluate | None,
+    folder: Path,
+) -> Progress:
+    """Train the adapter, and leave the weights of the best evaluation in the model.
+
+    Goes on from the last checkpoint in `folder` where there is one.
+
+    Args:
+        model: The base with a fresh adapter.
+        examples: What to learn, in the order of the prompts file.
+        settings: The `train` section.
+        accelerator: Gives the device, scales fp16 gradients, saves and loads state, logs to TensorBoard.
+        pad_id: Token on padded places.
+        evaluate: Returns the validation metrics of the model as it is now; None: no validation rows.
+        folder: Where checkpoints go.
+
+    Raises:
+        TrainingError: The loss or the gradient is not a number.
+    """
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    total = per_epoch * settings.epochs
+    optimizer, schedule = _prepare(model, settings, total, accelerator)
+    state = _restore(folder, model, accelerator)
+    due = _evaluation_steps(per_epoch, total, settings.eval_every) if evaluate else set()
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    takes = forward_arguments(model)
+    saved = time.monotonic()
+
+    with progress("training", total, "steps", done=state.step) as advance:
+        model.train()
+        while state.step < total and not state.stopped_early:
+            started = time.monotonic()
+            rows = _rows_of_step(state.step, len(examples), settings)
+            batch = [examples[row] for row in rows]
+            loss = _backward(model, batch, settings.micro_batch_tokens, pad_id, takes, accelerator)
+            norm = accelerator.clip_grad_norm_(trainable(model), MAX_GRAD_NORM)
+            _require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            state.step += 1
+            state.seconds += time.monotonic() - started
+            state.rows += len(batch)
+            state.tokens += sum(len(example.ids) + len(example.answer) for example in batch)
+            accelerator.log({"train/loss": loss, "train/learning_rate": schedule.get_last_lr()[0]}, step=state.step)
+            advance(1, f"loss {loss:.4f}")
+
+            evaluated = state.step in due
+            if evaluated and evaluate:
+                _evaluate(model, evaluate, state, settings, per_epoch, folder, accelerator)
+            if evaluated or state.step == total or time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                _checkpoint(folder, model, state, accelerator)
+                saved = time.monotonic()
+    if state.best_step is not None:
+        load_adapter_state(model, load_file(folder / f"best-{state.best_step}.safetensors"))
+    model.eval()
+    return state
+
+
+def row_weights(labels: Sequence[str], class_weights: str | dict[str, float] | None) -> list[float]:
+    """Return the weight of every row by its label; a label that `class_weights` does not name weighs 1.
+
+    `balanced` gives each label the same total: rows / (labels x rows of the label), as scikit-learn does.
+    """
+    if class_weights is None:
+        return [1.0] * len(labels)
+    if isinstance(class_weights, str):
+        counts = Counter(labels)
+        class_weights = {label: len(labels) / (len(counts) * count) for label, count in counts.items()}
+    return [class_weights.get(label, 1.0) for label in labels]
+
+
+def answer_loss(model: Any, batch: Sequence[TrainingExample], pad_id: int, takes: frozenset[str]) -> torch.Tensor:
+    """Return the weighted sum over rows of the answer's negative log-likelihood in nats, a scalar in fp32.
+
+    Only the answer and its end token count, and only their logits are computed.
+    """
+    sequences = pad_left([[*example.ids, *example.answer] for example in batch], pad_id, model.device)
+    longest = max(len(example.answer) for example in batch)
+    targets = torch.full((len(batch), longest), IGNORED, dtype=torch.long)
+    for row, example in enumerate(batch):
+        targets[row, longest - len(example.answer) :] = torch.tensor(example.answer)
+    targets = targets.to(model.device)
+    # The last token is predicted and never predicts: one more place is kept, and the last one dropped.
+    logits = last_logits(model, sequences, longest + 1, takes)[:, :-1].float()
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    weights = torch.tensor([example.weight for example in batch], device=model.device)
+    return (losses.view(len(batch), longest).sum(dim=1) * weights).sum()
+
+
+def _backward(
+    model: Any,
+    batch: Sequence[TrainingExample],
+    budget: int,
+    pad_id: int,
+    takes: frozenset[str],
+    accelerator: Accelerator,
+) -> float:
+    """Add up the gradients of one optimiser step in micro-batches; return its loss.
+
+    The loss is the mean over the step's answers, weighted: how the step is cut does not change it.
+    """
+    whole = sum(example.weight for example in batch)
+    loss = torch.zeros((), device=model.device)
+    for rows in plan_batches([len(example.ids) + len(example.answer) for example in batch], budget):
+        part = answer_loss(model, [batch[row] for row in rows], pad_id, takes) / whole
+        accelerator.backward(part)
+        loss += part.detach()
+    return loss.item()
+
+
+def _prepare(model: Any, settings: TrainSettings, total: int, accelerator: Accelerator) -> tuple[Any, Any]:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW(trainable(model), lr=settings.learning_rate, weight_decay=0.0)
+    warmup = math.ceil(settings.warmup * total) if settings.warmup < 1 else int(settings.warmup)
+    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    # The model stays as it is: autocast around it would make training compute otherwise than prediction.
+    return accelerator.prepare(optimizer), accelerator.prepare(schedule)
+
+
+def _rows_of_step(step: int, rows: int, settings: TrainSettings) -> list[int]:
+    """Return the rows of one optimiser step; every epoch has an order of its own, given by the seed."""
+    epoch, within = divmod(step, math.ceil(rows / settings.batch_size))
+    generator = torch.Generator().manual_seed(settings.seed + epoch)
+    order: list[int] = torch.randperm(rows, generator=generator).tolist()
+    return order[within * settings.batch_size : (within + 1) * settings.batch_size]
+
+
+def _evaluation_steps(per_epoch: int, total: int, every: float) -> set[int]:
+    count = math.floor(total / (per_epoch * every) + 1e-9)
+    return {max(1, round(per_epoch * every * number)) for number in range(1, count + 1)} | {total}
+
+
+def _require_finite(loss: float, norm: Any, step: int, settings: TrainSettings, *, scaled: bool) -> None:
+    # With loss scaling an overflowing gradient is no fault: the step is skipped and the scale halved.
+    if math.isfinite(loss) and (scaled or norm is None or math.isfinite(float(norm))):
+        return
+    what = "loss" if not math.isfinite(loss) else "gradient"
+    raise TrainingError(
+        f"Step {step + 1}: the {what} is not a number. Nothing was changed by this step. Lower train.learning_rate "
+        f"(now {settings.learning_rate:g}), raise train.warmup, or compute in another model.dtype (bf16 or fp32)."
+    )
+
+
+def _evaluate(
+    model: Any,
+    evaluate: Evaluate,
+    state: Progress,
+    settings: TrainSettings,
+    per_epoch: int,
+    folder: Path,
+    accelerator: Accelerator,
+) -> None:
+    """Measure the model on the validation rows; keep its adapter where it is the best so far."""
+    model.eval()
+    metrics = evaluate()
+    model.train()
+    state.evaluations.append({"step": state.step, "epoch": round(state.step / per_epoch, 4), **metrics})
+    accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=state.step)
+    sign = -1.0 if settings.metric in LOWER_IS_BETTER else 1.0
+    value = (sign * metrics[settings.metric], -metrics["log_loss"])
+    better = state.best is None or value > tuple(state.best)
+    say(
+        f"epoch {state.step / per_epoch:.2f}: "
+        + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "precision", "recall", "f1", "log_loss"))
+        + (" (best)" if better else "")
+    )
+    if better:
+        save_file(adapter_state(model), folder / f"best-{state.step}.safetensors")
+        state.best, state.best_step, state.since_best = value, state.step, 0
+    else:
+        state.since_best += 1
+        state.stopped_early = bool(settings.patience) and state.since_best >= settings.patience
+        if state.stopped_early:
+            say(f"Stopped early: {state.since_best} evaluations without a better {settings.metric}.")
+
+
+def _checkpoint(folder: Path, model: Any, state: Progress, accelerator: Accelerator) -> None:
+    """Write all that training needs to go on; the former checkpoint stays until the new one is whole."""
+    unfinished = folder / "last.writing"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.save_state(str(unfinished))
+    save_file(adapter_state(model), unfinished / "adapter.safetensors")
+    write_json(unfinished / "progress.json", asdict(state))
+    replace_folder(unfinished, folder / "last")
+    for stale in folder.glob("best-*.safetensors"):
+        if stale.name != f"best-{state.best_step}.safetensors":
+            stale.unlink()
+
+
+def _restore(folder: Path, model: Any, accelerator: Accelerator) -> Progress:
+    """Return where training stood at the last checkpoint, with model, optimiser and random state as they were."""
+    # A kill between the two renames of replace_folder leaves the former checkpoint under its other name.
+    places = [place for place in (folder / "last", folder / ".last.old") if (place / "progress.json").is_file()]
+    if not places:
+        return Progress()
+    state = Progress(**json.loads((places[0] / "progress.json").read_text(encoding="utf-8")))
+    load_adapter_state(model, load_file(places[0] / "adapter.safetensors"))
+    accelerator.load_state(str(places[0]))
+    say(f"Going on from step {state.step}.")
+    return state

@@ -1,0 +1,1 @@
+"""Bases, tokenizers and adapters: finding, loading, identifying them."""

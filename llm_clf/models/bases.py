@@ -1,0 +1,153 @@
+"""Find and load a base model with its tokenizer, and tell whether it is still the same."""
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_clf.config import DEFAULT_BASE
+from llm_clf.errors import ArtifactError
+from llm_clf.models.devices import DTYPES
+
+SHIPPED = Path(__file__).resolve().parent / DEFAULT_BASE
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+SAMPLE = 2**20
+
+
+def find_base(name: str) -> str:
+    """Return what transformers loads for a base's name: a folder, or a Hugging Face id.
+
+    Raises:
+        ArtifactError: The name is a path, and nothing fit is there.
+    """
+    if name == DEFAULT_BASE and not Path(name).is_dir():
+        return str(SHIPPED)
+    place = Path(name).expanduser()
+    if place.is_dir():
+        if not (place / "config.json").is_file():
+            raise ArtifactError(
+                f"{name}: has no config.json, so it is no model folder. Give one that transformers saved."
+            )
+        return str(place)
+    if place.exists() or place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ArtifactError(
+            f"{name}: there is no such model folder. Give a folder, a Hugging Face id, or {DEFAULT_BASE}."
+        )
+    return name
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the base's tokenizer.
+
+    Raises:
+        ArtifactError: There is none, or it has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(find_base(name), trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ArtifactError(f"{name}: its tokenizer has no end token (eos_token), and an answer needs one.")
+    return tokenizer
+
+
+def load_model(name: str, *, dtype: str, device: torch.device) -> Any:
+    """Return the base as a causal language model in evaluation mode, frozen, on the device.
+
+    Raises:
+        ArtifactError: It cannot be loaded, or its files do not hold all of its weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _loading(name, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            find_base(name),
+            dtype=DTYPES[dtype],
+            device_map={"": device},
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise ArtifactError(f"{name}: its files lack or mis-shape {len(absent)} weights, first {absent[0]}.")
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _loading(name: str, what: str) -> Iterator[None]:
+    """Turn the many errors of a failed load into one that says what to do."""
+    quiet = logging.getLogger("transformers")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(
+            f"{name}: the {what} cannot be loaded: {reason} "
+            f"Give a folder that transformers saved, a Hugging Face id that can be reached, or {DEFAULT_BASE}."
+        ) from error
+    finally:
+        quiet.setLevel(level)
+
+
+def context_length(config: Any) -> int | None:
+    """Return the most tokens that a base can read, None where its config does not say."""
+    text = config.get_text_config()
+    return next(
+        (int(text.__dict__[key]) for key in ("max_position_embeddings", "n_positions") if text.__dict__.get(key)), None
+    )
+
+
+def base_identity(name: str) -> dict[str, Any]:
+    """Return the base's name and a hash that changes with its config, tokenizer or weights.
+
+    Config and tokenizer files are hashed whole; of each file of weights its size and 1 MiB at the start, in the
+    middle and at the end, so that a base of many gigabytes takes no time.
+    """
+    place = Path(find_base(name))
+    if not place.is_dir():
+        place = _cached_snapshot(name)
+    digest = hashlib.sha256()
+    for file in sorted(place.iterdir()):
+        if file.suffix in WEIGHT_SUFFIXES:
+            _hash_sample(file, digest)
+        elif file.name.startswith(("config", "tokenizer", "vocab", "merges", "chat_template", "special_tokens")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return {"name": name, "hash": digest.hexdigest()}
+
+
+def _cached_snapshot(name: str) -> Path:
+    """Return the folder into which the hub client put a base."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):
+        raise ArtifactError(f"{name}: is not in the local cache of models.")
+    return Path(config).parent
+
+
+def _hash_sample(file: Path, digest: "hashlib._Hash") -> None:
+    size = file.stat().st_size
+    digest.update(f"{file.name}\0{size}\0".encode())
+    with open(file, "rb") as opened:
+        for start in (0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)):
+            opened.seek(start)
+            digest.update(opened.read(SAMPLE))
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices off the terminal; ours say what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.cextension").setLevel(logging.ERROR)
