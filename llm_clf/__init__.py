@@ -1,0 +1,24 @@
+"""Turn a causal language model into a text classifier with LoRA."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_clf.commands.build_prompts import build_prompts
+    from llm_clf.commands.evaluate import evaluate
+    from llm_clf.commands.finetune import finetune
+    from llm_clf.commands.predict import predict
+    from llm_clf.errors import LlmClfError
+
+__all__ = ["LlmClfError", "build_prompts", "evaluate", "finetune", "predict"]
+__version__ = "0.1.0"
+
+_HOMES = {"LlmClfError": "llm_clf.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a command when it is first asked for: none costs anything before."""
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, f"llm_clf.commands.{name}")), name)

@@ -1,0 +1,5 @@
+"""`python -m llm_clf` is `llm-clf`."""
+
+from llm_clf.cli import main
+
+main()

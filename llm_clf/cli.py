@@ -1,0 +1,134 @@
+"""The command line: each command parses, calls the function of its name, and prints."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_clf.errors import LlmClfError
+
+app = typer.Typer(
+    name="llm-clf",
+    help="Turn a large language model into a text classifier with LoRA: build-prompts, finetune, predict, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Rows = Annotated[
+    list[Path],
+    typer.Argument(help="CSV, TSV, JSONL, JSON or Parquet (also .gz), or prompts files; - is standard input."),
+]
+Encoding = Annotated[str, typer.Option(help="Encoding of text files, such as gb18030.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted command left.")]
+
+
+@app.command("build-prompts")
+def build_prompts(
+    rows: Rows,
+    task: Annotated[str, typer.Option(help="A task file, or the name of one that ships.")],
+    out: Annotated[Path, typer.Option(help="Folder for train, valid and test prompts.")],
+    split: Annotated[str, typer.Option(help="Shares of train, valid and test.")] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 42,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make prompts from rows: checked, without duplicates, split by label.
+
+    Example: `llm-clf build-prompts data/papers.csv --task medical_paper --out output/prompts`
+    """
+    from llm_clf.commands import build_prompts as command
+
+    command.build_prompts(rows, task=task, out=out, split=split, seed=seed, encoding=encoding, overwrite=overwrite)
+
+
+@app.command()
+def finetune(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="BASE", help="glm-nano (the default), a model folder, or a Hugging Face id.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="One setting, such as lora.r=16; may be repeated.")
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a LoRA adapter on prompts; keep the best by validation F1.
+
+    Example: `llm-clf finetune output/prompts --out output/run --set train.epochs=5`
+    """
+    from llm_clf.commands import finetune as command
+
+    command.finetune(data, out=out, model=model, config=config, set=set or (), resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def predict(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder, or an adapter folder with --task and --model.")
+    ],
+    rows: Rows,
+    out: Annotated[Path, typer.Option(metavar="FILE", help=".csv, .jsonl or .parquet; - is JSONL on standard output.")],
+    columns: Annotated[
+        str | None, typer.Option(help="Columns to write, comma-separated; the rows' own columns may be named too.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="For a bare adapter: the task.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="BASE", help="For a bare adapter: the base.")] = None,
+    encoding: Encoding = "utf-8",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Predict a label and the probability of each label for every row.
+
+    Example: `llm-clf predict output/run data/papers-new.csv --out output/predictions.csv`
+    """
+    from llm_clf.commands import predict as command
+
+    command.predict(
+        run,
+        rows,
+        out=out,
+        columns=[name.strip() for name in columns.split(",")] if columns is not None else None,
+        task=task,
+        model=model,
+        encoding=encoding,
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="File that predict wrote from labelled rows.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for metrics.json.")] = None,
+) -> None:
+    """Measure predictions against the gold labels.
+
+    Example: `llm-clf evaluate output/predictions.parquet --out output/report`
+    """
+    from llm_clf.commands import evaluate as command
+    from llm_clf.evaluation.tables import metrics_text
+
+    print(metrics_text(command.evaluate(predictions, out=out)))
+
+
+def main() -> None:
+    """Run the command line: 0 done, 2 the input is wrong, 130 interrupted, 1 a bug with its traceback."""
+    try:
+        app()
+    except LlmClfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted; --resume goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""A prompts folder to a run: train the adapter, score the validation rows as predict does, write the run folder."""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
+from llm_clf.console import say
+from llm_clf.errors import ConfigError, DataError
+from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
+from llm_clf.evaluation.tables import metrics_text
+from llm_clf.files import file_hash, partial_name, read_json, replace_folder, require_free, write_json
+from llm_clf.prompting.prompts import SPLITS, Prompt, read_split
+from llm_clf.prompting.tasks import Task, load_task
+from llm_clf.runs import (
+    ADAPTER,
+    CHECKPOINTS,
+    LOG,
+    METRICS,
+    VALID_PREDICTIONS,
+    commit,
+    is_run,
+    package_versions,
+    save_facts,
+    save_inputs,
+)
+
+INPUTS = "inputs.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What is trained and validated on."""
+
+    task: Task
+    train: list[Prompt]
+    """Labelled rows only."""
+    valid: list[Prompt]
+    unlabelled: int
+    """Training rows left out because they have no label."""
+    hashes: dict[str, str]
+    """Of the prompts files, by split."""
+
+    @property
+    def validates(self) -> bool:
+        return any(prompt.label is not None for prompt in self.valid)
+
+
+def finetune(
+    data: str | Path,
+    *,
+    out: str | Path,
+    model: str | None = None,
+    config: str | Path | None = None,
+    set: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train a LoRA adapter on a prompts folder and write the run folder `out`; return its metrics.
+
+    Args:
+        data: A folder that `build_prompts` made.
+        out: The run folder; until it is complete it stands beside its place as `out.partial`.
+        model: The base, in place of the setting `model.name`.
+        config: A YAML file of settings.
+        set: Settings as `section.key=value`, stronger than the file.
+        resume: Go on with what an interrupted training left.
+        overwrite: Replace `out`.
+
+    Raises:
+        LlmClfError: Settings, prompts or base are wrong, or the loss is not a number.
+    """
+    place, unfinished = Path(out), partial_name(Path(out))
+    if resume and is_run(place):
+        say(f"{place} is finished; nothing to do.")
+        return dict(read_json(place / METRICS)) if (place / METRICS).is_file() else {}
+    _check_place(place, unfinished, resume=resume, overwrite=overwrite)
+    settings = resolve_settings(model, config, set)
+    prompts = _read_data(Path(data))
+    _check_settings(settings, prompts)
+    metrics = _train_run(settings, prompts, unfinished, resume=resume)
+    replace_folder(unfinished, place)
+    say(f"The run is in {place}.")
+    return metrics
+
+
+def resolve_settings(model: str | None, config: str | Path | None, overrides: Sequence[str]) -> Settings:
+    """Return the settings: defaults, the recipe of the base that ships where it is used, the file, the overrides."""
+    files = [Path(config)] if config is not None else []
+    changes = [*overrides, *([f"model.name={model}"] if model is not None else [])]
+    settings = load_settings(files, changes)
+    if settings.model.name == DEFAULT_BASE:
+        settings = load_settings([shipped_recipe(), *files], changes)
+    return settings
+
+
+def shipped_recipe() -> Path:
+    """Return the settings that suit the base that ships."""
+    package = Path(__file__).resolve().parent.parent
+    # The wheel carries configs/ inside the package; in a checkout it stands beside it.
+    places = (package / "configs", package.parent / "configs")
+    return next(place for place in places if place.is_dir()) / f"{DEFAULT_BASE}.yaml"
+
+
+def _check_place(place: Path, unfinished: Path, *, resume: bool, overwrite: bool) -> None:
+    require_free(place, overwrite=overwrite, what="something")
+    if place.exists() and not is_run(place) and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{place}: is no run, so --overwrite leaves it alone. Give another --out.")
+    if unfinished.exists() and not resume:
+        if not overwrite:
+            raise ConfigError(
+                f"{unfinished}: an interrupted training left this. --resume goes on with it, --overwrite starts anew."
+            )
+        shutil.rmtree(unfinished)
+
+
+def _read_data(folder: Path) -> _Data:
+    if not (folder / "task.yaml").is_file():
+        raise DataError(f"{folder}: has no task.yaml. Give a folder that `llm-clf build-prompts` made.")
+    task = load_task(folder / "task.yaml")
+    rows = read_split(folder, "train", task)
+    train = [row for row in rows if row.label is not None]
+    found = Counter(row.label for row in train)
+    if len(found) < 2:
+        raise DataError(
+            f"{folder / 'train.jsonl'}: found {len(train)} labelled rows with {len(found)} labels; training needs rows "
+            "of at least two. Give more rows, or a larger share for training (--split)."
+        )
+    hashes = {split: file_hash(folder / f"{split}.jsonl") for split in SPLITS[:2]}
+    return _Data(task, train, read_split(folder, "valid", task), len(rows) - len(train), hashes)
+
+
+def _check_settings(settings: Settings, data: _Data) -> None:
+    """Refuse settings that do not fit the task, before any model is loaded."""
+    if settings.data.cut is not None and settings.data.cut not in data.task.columns:
+        raise ConfigError(
+            f"data.cut: {settings.data.cut!r} is no column of the task; these are {', '.join(data.task.columns)}."
+        )
+    if isinstance(settings.train.class_weights, dict):
+        unknown = sorted(settings.train.class_weights.keys() - set(data.task.names))
+        if unknown:
+            raise ConfigError(
+                f"train.class_weights: {unknown[0]!r} is no label; the labels are {', '.join(data.task.names)}."
+            )
+
+
+def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> dict[str, Any]:
+    """Fill the unfinished run folder; return the validation metrics."""
+    from llm_clf.models.bases import base_identity, quiet_libraries
+    from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
+
+    started, clock = datetime.now(UTC), time.monotonic()
+    quiet_libraries()
+    device = choose_device()
+    dtype = choose_dtype(settings.model.dtype, device)
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
+    base = base_identity(settings.model.name)
+    _claim(folder, settings, data, base, resume=resume)
+    say(f"Base {settings.model.name} in {dtype} on {describe(device)}.")
+
+    trained = _fit(settings, data, folder, device)
+    metrics = _score_validation(settings, data, folder)
+    facts = {
+        "kind": "lora",
+        "name": folder.name.removesuffix(".partial"),
+        "base": base,
+        **trained,
+        "prompts": data.hashes,
+        "seed": settings.train.seed,
+        "versions": package_versions(),
+        "commit": commit(),
+        "hardware": hardware(device),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - clock, 2),
+        "peak_memory": peak_memory(device),
+    }
+    shutil.rmtree(folder / CHECKPOINTS)
+    (folder / INPUTS).unlink()
+    save_facts(folder, facts)
+    return metrics
+
+
+def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str, Any]:
+    """Train and save the adapter; return what run.json says of it."""
+    from llm_clf.engine.classifier import Classifier, prompt_tokenizer
+    from llm_clf.engine.training import train
+    from llm_clf.models.adapters import new_adapter, trainable
+    from llm_clf.models.bases import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(settings.model.name)
+    base = load_model(settings.model.name, dtype=settings.model.dtype, device=device)
+    tokens = prompt_tokenizer(tokenizer, base, data.task, settings)
+    model = new_adapter(base, settings.lora, seed=settings.train.seed)
+    examples, cut = _training_examples(tokens, data, settings)
+    parameters = sum(parameter.numel() for parameter in trainable(model))
+    say(
+        f"{len(examples):,} training rows ({cut:,} cut to fit, {data.unlabelled:,} without a label left out), "
+        f"{len(data.valid):,} validation rows; {parameters:,} adapter weights."
+    )
+    classifier = Classifier(model, tokens, batch_tokens=settings.predict.batch_tokens)
+    accelerator = _accelerator(settings, device, folder)
+    try:
+        state = train(
+            model,
+            examples,
+            settings.train,
+            accelerator=accelerator,
+            pad_id=tokens.pad_id,
+            evaluate=(lambda: _measure(classifier, data)) if data.validates else None,
+            folder=folder / CHECKPOINTS,
+        )
+    finally:
+        accelerator.end_training()
+    _save_adapter(model, settings.model.name, folder / ADAPTER)
+    return {
+        "adapter": {"hash": file_hash(folder / ADAPTER / "adapter_model.safetensors"), "parameters": parameters},
+        "rows": {
+            "train": len(examples),
+            "train_cut": cut,
+            "train_unlabelled": data.unlabelled,
+            "valid": len(data.valid),
+        },
+        "training": {
+            "steps": state.step,
+            "best_step": state.best_step,
+            "stopped_early": state.stopped_early,
+            "seconds": round(state.seconds, 2),
+            "rows_per_second": round(state.rows / max(state.seconds, 1e-9), 2),
+            "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+        },
+        "evaluations": state.evaluations,
+    }
+
+
+def _training_examples(tokens: Any, data: _Data, settings: Settings) -> tuple[list[Any], int]:
+    """Return the training rows as tokens with their answers, and how many were cut."""
+    from llm_clf.engine.training import TrainingExample, row_weights
+
+    encoded = tokens.encode(data.train)
+    labels = [prompt.label for prompt in data.train if prompt.label is not None]
+    weights = row_weights(labels, settings.train.class_weights)
+    examples = [
+        TrainingExample(example.ids, tokens.answer(label), weight)
+        for example, label, weight in zip(encoded, labels, weights, strict=True)
+    ]
+    return examples, sum(example.cut for example in encoded)
+
+
+def _claim(folder: Path, settings: Settings, data: _Data, base: dict[str, Any], *, resume: bool) -> None:
+    """Make the unfinished run folder, or check that the one there belongs to the same training.
+
+    Raises:
+        ConfigError: Settings, prompts or base are not those that the interrupted training had.
+    """
+    inputs = {"settings": settings_to_dict(settings), "prompts": data.hashes, "base": base}
+    if resume and (folder / INPUTS).is_file():
+        former = read_json(folder / INPUTS)
+        changed = [name for name in ("prompts", "base") if former[name] != inputs[name]]
+        changed += [
+            f"{section}.{key} (then {former['settings'].get(section, {}).get(key)!r}, now {value!r})"
+            for section, values in inputs["settings"].items()
+            for key, value in values.items()
+            if former["settings"].get(section, {}).get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"{folder}: cannot go on, these have changed since: {', '.join(changed)}. "
+                "Give the former ones, or --overwrite to start anew."
+            )
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / CHECKPOINTS).mkdir(parents=True)
+        save_inputs(folder, data.task, settings)
+        write_json(folder / INPUTS, inputs)
+
+
+def _accelerator(settings: Settings, device: Any, folder: Path) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    on_cpu = device.type == "cpu"
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="fp16" if settings.model.dtype == "fp16" and not on_cpu else "no",
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError("finetune trains in one process; start it without `accelerate launch` or torchrun.")
+    accelerator.init_trackers(LOG)
+    return accelerator
+
+
+def _measure(classifier: Any, data: _Data) -> dict[str, float]:
+    """Return the validation metrics of the model as it is now, by the path that predict takes."""
+    from llm_clf.decisions.decide import decide, probabilities
+
+    probs = probabilities(classifier.score_all(data.valid))
+    predicted = [data.task.names[choice] for choice in decide(probs)]
+    gold = [prompt.label or NO_LABEL for prompt in data.valid]
+    metrics = compute_metrics(gold, predicted, probs, data.task.names)
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+def _save_adapter(model: Any, base: str, folder: Path) -> None:
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(folder))
+    # PEFT's model card is an empty form; the run folder says what there is to say.
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _score_validation(settings: Settings, data: _Data, folder: Path) -> dict[str, Any]:
+    """Score the validation rows with the saved adapter exactly as predict will; write predictions and metrics."""
+    from llm_clf.commands.predict import Source, predict_prompts
+    from llm_clf.decisions.predictions import read_predictions
+
+    if not data.valid:
+        say("No validation rows: the last step's adapter is kept, and nothing is measured.")
+        return {}
+    source = Source(folder / ADAPTER, data.task, settings, None)
+    predict_prompts(source, data.valid, folder / VALID_PREDICTIONS)
+    table = read_predictions(folder / VALID_PREDICTIONS)
+    metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
+    write_json(folder / METRICS, metrics)
+    say("Validation rows, scored with the saved adapter:\n" + metrics_text(metrics))
+    return metrics

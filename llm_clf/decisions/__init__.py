@@ -1,0 +1,1 @@
+"""Label scores to decisions: probabilities, labels, the predictions file."""

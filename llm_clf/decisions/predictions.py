@@ -1,0 +1,233 @@
+"""The predictions file: one row an input row, in input order, as .csv, .jsonl or .parquet."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_clf.errors import ConfigError, DataError
+from llm_clf.files import replacing
+from llm_clf.prompting.rows import STDIN, read_rows
+
+STDOUT = STDIN
+FORMATS = (".csv", ".jsonl", ".parquet")
+OK, UNPARSED, ABSTAINED = "ok", "unparsed", "abstained"
+PROB = "prob_"
+ROW_GROUP = 16_384
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is known of one row after prediction."""
+
+    id: str
+    label: str | None
+    """None where the status is not ok."""
+    probs: Sequence[float]
+    """By label in the task's order."""
+    status: str
+    cut: bool
+    gold: str | None
+    cells: Mapping[str, str]
+    """The input row's own columns."""
+
+
+def prediction_columns(labels: Sequence[str]) -> list[str]:
+    """Return the columns of a predictions file."""
+    return ["id", "label", *(PROB + label for label in labels), "status", "cut", "gold"]
+
+
+def check_format(file: Path) -> None:
+    """Refuse a predictions file of another ending.
+
+    Raises:
+        ConfigError: The name is neither `-` nor ends in .csv, .jsonl or .parquet.
+    """
+    if str(file) != STDOUT and file.suffix.lower() not in FORMATS:
+        raise ConfigError(
+            f"--out {file}: found the ending {file.suffix!r}; predictions are written as {', '.join(FORMATS)}."
+        )
+
+
+def choose_columns(wanted: Sequence[str] | None, labels: Sequence[str], row_columns: Sequence[str]) -> list[str]:
+    """Return the columns to write: those of a predictions file, or the wanted ones, which may be the input's too.
+
+    Raises:
+        ConfigError: A wanted column is neither.
+    """
+    own = prediction_columns(labels)
+    if wanted is None:
+        return own
+    unknown = [name for name in wanted if name not in own and name not in row_columns]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"--columns: there is no column {', '.join(map(repr, unknown)) or repr('')}; predictions have "
+            f"{', '.join(own)}, the rows have {', '.join(row_columns)}."
+        )
+    return list(wanted)
+
+
+def write_predictions(
+    file: Path, predictions: Iterator[Prediction], *, labels: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Write predictions one after the other; the file takes its name when it is complete. `-` writes JSONL."""
+    records = (_record(prediction, labels, columns) for prediction in predictions)
+    if str(file) == STDOUT:
+        _write_jsonl(sys.stdout, records)
+        return
+    with replacing(file) as temporary:
+        if file.suffix.lower() == ".parquet":
+            _write_parquet(temporary, records, columns)
+            return
+        with open(temporary, "w", encoding="utf-8", newline="") as opened:
+            if file.suffix.lower() == ".csv":
+                _write_csv(opened, records, columns)
+            else:
+                _write_jsonl(opened, records)
+
+
+def _record(prediction: Prediction, labels: Sequence[str], columns: Sequence[str]) -> Record:
+    own: Record = {
+        "id": prediction.id,
+        "label": prediction.label,
+        **{PROB + label: prob for label, prob in zip(labels, prediction.probs, strict=True)},
+        "status": prediction.status,
+        "cut": prediction.cut,
+        "gold": prediction.gold,
+    }
+    return {name: own[name] if name in own else prediction.cells.get(name, "") for name in columns}
+
+
+def _write_csv(opened: TextIO, records: Iterator[Record], columns: Sequence[str]) -> None:
+    writer = csv.writer(opened, lineterminator="\n")
+    writer.writerow(columns)
+    for record in records:
+        writer.writerow([_csv_cell(record[name]) for name in columns])
+
+
+def _csv_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    # The shortest text that reads back as the same fp32 number.
+    return str(value)
+
+
+def _write_jsonl(opened: TextIO, records: Iterator[Record]) -> None:
+    for record in records:
+        plain = {name: float(str(v)) if isinstance(v, np.floating) else v for name, v in record.items()}
+        opened.write(json.dumps(plain, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(file: Path, records: Iterator[Record], columns: Sequence[str]) -> None:
+    kinds = {"cut": pa.bool_()}
+    schema = pa.schema(
+        [(name, kinds.get(name, pa.float32() if name.startswith(PROB) else pa.string())) for name in columns]
+    )
+    with pq.ParquetWriter(file, schema) as writer:
+        group: list[Record] = []
+        for record in records:
+            group.append(record)
+            if len(group) == ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(group, schema))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionTable:
+    """A predictions file as columns."""
+
+    labels: list[str]
+    """In the task's order where there are probabilities, else sorted."""
+    ids: list[str]
+    predicted: list[str]
+    """Empty text where there is no label."""
+    status: list[str]
+    gold: list[str]
+    """Empty text where the row had none."""
+    probs: np.ndarray | None
+    """Shape `(rows, labels)`, None where the file has none."""
+
+
+def read_predictions(file: Path) -> PredictionTable:
+    """Return a predictions file.
+
+    Raises:
+        DataError: It is no predictions file: the columns `label` and `gold` are missing, or a probability is no number.
+    """
+    rows = list(read_rows([file]))
+    if not rows:
+        raise DataError(f"{file}: holds no predictions.")
+    names = rows[0].cells.keys()
+    missing = [name for name in ("label", "gold") if name not in names]
+    if missing:
+        raise DataError(
+            f"{file}: needs the column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, names))}. "
+            "Give a file that `llm-clf predict` wrote from labelled rows."
+        )
+    cells = [row.cells for row in rows]
+    predicted = [cell.get("label", "") for cell in cells]
+    gold = [cell.get("gold", "") for cell in cells]
+    labels = [name.removeprefix(PROB) for name in names if name.startswith(PROB)]
+    probs = (
+        np.array([[_number(row.where, row.cells, PROB + label) for label in labels] for row in rows])
+        if labels
+        else None
+    )
+    known = set(labels) if labels else None
+    strangers = [
+        row.where for row, name in zip(rows, gold, strict=True) if known is not None and name and name not in known
+    ]
+    strangers += [
+        row.where for row, name in zip(rows, predicted, strict=True) if known is not None and name and name not in known
+    ]
+    if strangers:
+        raise DataError(
+            f"{strangers[0]}: has a label without a column of probabilities; the columns are for {', '.join(labels)}."
+        )
+    return PredictionTable(
+        labels=labels or sorted({*predicted, *gold} - {""}),
+        ids=[cell.get("id", str(number)) for number, cell in enumerate(cells)],
+        predicted=predicted,
+        status=[cell.get("status") or (OK if name else UNPARSED) for cell, name in zip(cells, predicted, strict=True)],
+        gold=gold,
+        probs=probs,
+    )
+
+
+def _number(where: str, cells: Mapping[str, str], column: str) -> float:
+    text = cells.get(column, "")
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise DataError(f"{where}: {column} is {text!r}; expected a number from 0 to 1.")
+    return value
+
+
+__all__ = [
+    "ABSTAINED",
+    "OK",
+    "STDOUT",
+    "UNPARSED",
+    "Prediction",
+    "PredictionTable",
+    "check_format",
+    "choose_columns",
+    "prediction_columns",
+    "read_predictions",
+    "write_predictions",
+]
