@@ -18,7 +18,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 class Section(BaseModel):
     """A group of settings: unknown keys and changes after loading are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -86,12 +86,22 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        """Labels are text, also where YAML reads a number: `{0: 1, 1: 5}`."""
+        if isinstance(value, Mapping):
+            return {str(key) if type(key) is int else key: weight for key, weight in value.items()}
+        return value
+
 
 class PredictSettings(Section):
     """Scoring, in validation and in prediction alike."""
 
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     """Most padded tokens in one forward."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    """Most tokens of a generated answer (`--decode generate`)."""
     merge: bool = False
     """Add the adapter into the base's weights before scoring: faster, equal up to rounding in the base's dtype."""
 
@@ -150,7 +160,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: settings cannot be read: {error}. Give --config a YAML file.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{file}: is not YAML: {error}") from error
     if not isinstance(tree, dict | None):
         raise ConfigError(
@@ -166,13 +176,15 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"--set {override!r}: expected SECTION.KEY=VALUE, such as lora.r=16.")
     try:
         return {section: {name: yaml.safe_load(text)}}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
 def _merge(tree: dict[str, Any], newer: Mapping[str, Any]) -> None:
     """Lay `newer` over `tree`, section by section; sections that are no mappings are left for validation to refuse."""
     for section, values in newer.items():
+        if values is None and isinstance(tree.get(section), dict):
+            continue
         if isinstance(values, Mapping) and isinstance(tree.get(section), dict):
             tree[section].update(values)
         else:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def replacing(place: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, place)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise DataError(f"{place}: cannot be written: {error.strerror or error}.") from error
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 from llm_clf.console import say, table
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.files import partial_name, replace_folder, require_free, write_json
-from llm_clf.prompting.duplicates import Duplicates, find_duplicates, text_key
+from llm_clf.prompting.duplicates import Duplicates, find_duplicates, normal_text, text_key
 from llm_clf.prompting.prompts import SPLITS, Prompt, prompt_line, read_prompts
 from llm_clf.prompting.rows import rewindable
 from llm_clf.prompting.splits import parse_shares, split_keys
@@ -21,7 +21,7 @@ UNLABELLED = "(none)"
 
 
 def build_prompts(
-    rows: Sequence[str | Path],
+    rows: str | Path | Sequence[str | Path],
     *,
     task: str | Path,
     out: str | Path,
@@ -39,17 +39,23 @@ def build_prompts(
     """
     folder, shares, used = Path(out), parse_shares(split), load_task(task)
     require_free(folder, overwrite=overwrite, what="something")
-    if folder.exists() and not (folder / "report.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _is_prompts(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is no prompts folder, so --overwrite leaves it alone. Give another --out.")
 
     with rewindable(rows) as files:
         return _build(files, used, folder, shares, seed, encoding)
 
 
+def _is_prompts(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("task.yaml", "report.json", *(f"{s}.jsonl" for s in SPLITS)))
+
+
 def _build(
     files: Sequence[Path], used: Task, folder: Path, shares: Sequence[float], seed: int, encoding: str
 ) -> dict[str, Any]:
     same = find_duplicates(_keys(files, used, encoding))
+    if all(label is None for _, label in same.kept.values()):
+        say(f"Note: no row has a label in the column {used.label_column!r}; these prompts are for prediction only.")
     strata: dict[str | None, list[bytes]] = {}
     for key, (_, label) in same.kept.items():
         strata.setdefault(label, []).append(key)
@@ -58,7 +64,10 @@ def _build(
     assigned = split_keys(strata, shares, seed)
 
     unfinished = partial_name(folder)
-    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror or error}.") from error
     counts, lengths = _write_splits(unfinished, files, used, encoding, same, assigned)
     used.save(unfinished / "task.yaml")
     report = _report(files, same, counts, lengths, used, shares, seed)
@@ -70,7 +79,14 @@ def _build(
 
 def _keys(files: Sequence[Path], task: Task, encoding: str) -> Iterator[tuple[bytes, str, str | None]]:
     for prompt in read_prompts(files, task, encoding=encoding):
-        yield text_key(prompt.input), prompt.id, prompt.label and sys.intern(prompt.label)
+        yield _key(prompt, task), prompt.id, prompt.label and sys.intern(prompt.label)
+
+
+def _key(prompt: Prompt, task: Task) -> bytes:
+    """Return the key of a text: cells that differ only in white space, at their ends too, are one."""
+    if not set(task.columns) <= prompt.cells.keys():
+        return text_key(prompt.input)
+    return text_key(task.render({name: normal_text(prompt.cells[name]) for name in task.columns}))
 
 
 def _write_splits(
@@ -84,7 +100,7 @@ def _write_splits(
             stack.enter_context(open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n")) for name in SPLITS
         ]
         for prompt in read_prompts(files, task, encoding=encoding):
-            split = _split_of(prompt, same, assigned)
+            split = _split_of(prompt, _key(prompt, task), same, assigned)
             if split is not None:
                 outputs[split].write(prompt_line(prompt, task))
                 counts[split][prompt.label or UNLABELLED] += 1
@@ -92,8 +108,7 @@ def _write_splits(
     return counts, lengths
 
 
-def _split_of(prompt: Prompt, same: Duplicates, assigned: dict[bytes, int]) -> int | None:
-    key = text_key(prompt.input)
+def _split_of(prompt: Prompt, key: bytes, same: Duplicates, assigned: dict[bytes, int]) -> int | None:
     kept = same.kept.get(key)
     return assigned[key] if kept is not None and kept[0] == prompt.id else None
 

@@ -1,10 +1,12 @@
 """The predictions file: one row an input row, in input order, as .csv, .jsonl or .parquet."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,13 +39,15 @@ class Prediction:
     status: str
     cut: bool
     gold: str | None
+    text: str | None
+    """Generated answer, None where none was asked for."""
     cells: Mapping[str, str]
     """The input row's own columns."""
 
 
-def prediction_columns(labels: Sequence[str]) -> list[str]:
-    """Return the columns of a predictions file."""
-    return ["id", "label", *(PROB + label for label in labels), "status", "cut", "gold"]
+def prediction_columns(labels: Sequence[str], *, text: bool = False) -> list[str]:
+    """Return the columns of a predictions file; `text` is there where answers were generated."""
+    return ["id", "label", *(PROB + label for label in labels), "status", "cut", "gold", *(["text"] if text else [])]
 
 
 def check_format(file: Path) -> None:
@@ -58,21 +62,23 @@ def check_format(file: Path) -> None:
         )
 
 
-def choose_columns(wanted: Sequence[str] | None, labels: Sequence[str], row_columns: Sequence[str]) -> list[str]:
+def choose_columns(wanted: Sequence[str] | None, own: Sequence[str], row_columns: Sequence[str]) -> list[str]:
     """Return the columns to write: those of a predictions file, or the wanted ones, which may be the input's too.
 
     Raises:
         ConfigError: A wanted column is neither.
     """
-    own = prediction_columns(labels)
     if wanted is None:
-        return own
+        return list(own)
     unknown = [name for name in wanted if name not in own and name not in row_columns]
     if unknown or not wanted:
         raise ConfigError(
             f"--columns: there is no column {', '.join(map(repr, unknown)) or repr('')}; predictions have "
             f"{', '.join(own)}, the rows have {', '.join(row_columns)}."
         )
+    repeated = sorted({name for name in wanted if wanted.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"--columns: names {', '.join(map(repr, repeated))} more than once; name each once.")
     return list(wanted)
 
 
@@ -86,7 +92,7 @@ def write_predictions(
         return
     with replacing(file) as temporary:
         if file.suffix.lower() == ".parquet":
-            _write_parquet(temporary, records, columns)
+            _write_parquet(temporary, records, columns, labels)
             return
         with open(temporary, "w", encoding="utf-8", newline="") as opened:
             if file.suffix.lower() == ".csv":
@@ -103,15 +109,20 @@ def _record(prediction: Prediction, labels: Sequence[str], columns: Sequence[str
         "status": prediction.status,
         "cut": prediction.cut,
         "gold": prediction.gold,
+        **({"text": prediction.text} if prediction.text is not None else {}),
     }
     return {name: own[name] if name in own else prediction.cells.get(name, "") for name in columns}
 
 
 def _write_csv(opened: TextIO, records: Iterator[Record], columns: Sequence[str]) -> None:
-    writer = csv.writer(opened, lineterminator="\n")
-    writer.writerow(columns)
-    for record in records:
-        writer.writerow([_csv_cell(record[name]) for name in columns])
+    # Only characters of the line end are quoted before Python 3.13, so a lone \r in a cell needs the longer one.
+    line = io.StringIO(newline="")
+    writer = csv.writer(line, lineterminator="\r\n")
+    for cells in chain([list(columns)], ([_csv_cell(record[name]) for name in columns] for record in records)):
+        writer.writerow(cells)
+        opened.write(line.getvalue().removesuffix("\r\n") + "\n")
+        line.seek(0)
+        line.truncate()
 
 
 def _csv_cell(value: Any) -> str:
@@ -129,11 +140,9 @@ def _write_jsonl(opened: TextIO, records: Iterator[Record]) -> None:
         opened.write(json.dumps(plain, ensure_ascii=False) + "\n")
 
 
-def _write_parquet(file: Path, records: Iterator[Record], columns: Sequence[str]) -> None:
-    kinds = {"cut": pa.bool_()}
-    schema = pa.schema(
-        [(name, kinds.get(name, pa.float32() if name.startswith(PROB) else pa.string())) for name in columns]
-    )
+def _write_parquet(file: Path, records: Iterator[Record], columns: Sequence[str], labels: Sequence[str]) -> None:
+    kinds = {"cut": pa.bool_(), **{PROB + label: pa.float32() for label in labels}}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
     with pq.ParquetWriter(file, schema) as writer:
         group: list[Record] = []
         for record in records:

@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
+def normal_text(text: str) -> str:
+    """Return a text in the Unicode form NFKC, with one space wherever it has white space and none at its ends."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
 def text_key(text: str) -> bytes:
     """Return 16 bytes that are equal for texts that differ only in Unicode form or white space."""
-    normal = " ".join(unicodedata.normalize("NFKC", text).split())
-    return hashlib.blake2b(normal.encode(), digest_size=16).digest()
+    return hashlib.blake2b(normal_text(text).encode(), digest_size=16).digest()
 
 
 @dataclass(slots=True)

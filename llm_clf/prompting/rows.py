@@ -60,10 +60,13 @@ def _read_file(file: Path, encoding: str) -> Iterator[Row]:
                 yield from _jsonl_rows(file, text)
             else:
                 yield from _json_rows(file, text)
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        # utf-16 says in a plain UnicodeError that the byte-order mark is missing.
+        found = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            found = f"byte {error.object[error.start]:#04x} cannot be decoded"
         raise DataError(
-            f"{file}: is not {encoding}: byte {error.object[error.start]:#04x} cannot be decoded. "
-            "Give the file's own encoding, such as --encoding gb18030."
+            f"{file}: is not {encoding}: {found}. Give the file's own encoding, such as --encoding gb18030."
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{file}: the gzip data is damaged or cut off ({error}). Compress it again.") from error
@@ -99,14 +102,14 @@ def _open_binary(file: Path) -> BinaryIO:
 def _open_text(file: Path, encoding: str) -> Iterator[TextIO]:
     if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
         encoding = "utf-8-sig"
-    text = io.TextIOWrapper(_open_binary(file), encoding=encoding, newline="")
-    with text:
+    with _open_binary(file) as binary, io.TextIOWrapper(binary, encoding=encoding, newline="") as text:
         yield text
 
 
 def _csv_rows(file: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(text, delimiter=delimiter, strict=True)
+    start = 1
     try:
         header = next(reader, None)
         if header is None:
@@ -123,7 +126,7 @@ def _csv_rows(file: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
                 yield Row(f"{file}:{start}", dict(zip(header, map(_csv_text, values), strict=True)))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num}: is not well-formed CSV: {error}.") from error
+        raise DataError(f"{file}:{start}: is not well-formed CSV: {error}.") from error
 
 
 def _csv_text(cell: str) -> str:
@@ -147,7 +150,7 @@ def _jsonl_rows(file: Path, text: TextIO) -> Iterator[Row]:
         where = f"{file}:{number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: is not JSON: {error}. Each line must hold one object.") from error
         yield _record_row(where, record)
     if empty:
@@ -155,9 +158,10 @@ def _jsonl_rows(file: Path, text: TextIO) -> Iterator[Row]:
 
 
 def _json_rows(file: Path, text: TextIO) -> Iterator[Row]:
+    content = text.read()
     try:
-        records = json.loads(text.read())
-    except (json.JSONDecodeError, RecursionError) as error:
+        records = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: is not JSON: {error}. For one object a line, name it .jsonl.") from error
     if not isinstance(records, list):
         raise DataError(f"{file}: found {type(records).__name__}, expected an array of objects.")
@@ -193,19 +197,20 @@ def _cell_text(value: Any) -> str:
     """Return a typed value as the text that a person would have written in a CSV cell."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
+    if isinstance(value, dict | list):
+        value = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, str):
         # Half of a surrogate pair is legal in JSON but in no file; it would break every later write.
         return value.encode("utf-8", "replace").decode("utf-8") if not value.isascii() else value
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
 
 
 @contextmanager
-def rewindable(files: Sequence[str | Path]) -> Iterator[list[Path]]:
+def rewindable(files: str | Path | Sequence[str | Path]) -> Iterator[list[Path]]:
     """Yield files that can be read several times: standard input (`-`) is copied into a temporary one."""
+    files = [files] if isinstance(files, str | Path) else files
     with tempfile.TemporaryDirectory() as scratch:
         yield [_spool_stdin(Path(scratch)) if str(file) == STDIN else Path(file) for file in files]
 

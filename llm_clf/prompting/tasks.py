@@ -120,9 +120,13 @@ class Task(BaseModel):
         match = self._pattern(column).fullmatch(text)
         return match.span(1) if match else (0, len(text))
 
-    def _pattern(self, column: str) -> re.Pattern[str]:
+    def follows_template(self, text: str) -> bool:
+        """Whether a text is what `render` could have made of some row."""
+        return self._pattern(None).fullmatch(text) is not None
+
+    def _pattern(self, column: str | None) -> re.Pattern[str]:
         pieces = [
-            re.escape(literal) if literal is not None else "(.*)" if name == column else "(?:.*?)"
+            re.escape(literal) if literal is not None else "(.*)" if name is not None and name == column else "(?:.*?)"
             for literal, name in self._parts
         ]
         return re.compile("".join(pieces), re.DOTALL)
@@ -201,6 +205,7 @@ def _find(name: str | Path) -> Path:
 def _fault(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"{key}: there is no such key; known are {', '.join(Task.model_fields)}."
+        known = Task.model_fields if len(fault["loc"]) == 1 else Label.model_fields
+        return f"{key}: there is no such key; known are {', '.join(known)}."
     message = fault["msg"].removeprefix("Value error, ")
     return f"{key}: {message}." if key else f"{message}."
