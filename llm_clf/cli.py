@@ -8,6 +8,8 @@ import typer
 
 from llm_clf.errors import LlmClfError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="llm-clf",
     help="Turn a large language model into a text classifier with LoRA: build-prompts, finetune, predict, evaluate.",
@@ -75,11 +77,17 @@ def predict(
     ],
     rows: Rows,
     out: Annotated[Path, typer.Option(metavar="FILE", help=".csv, .jsonl or .parquet; - is JSONL on standard output.")],
+    decode: Annotated[
+        str,
+        typer.Option(metavar="score|generate", help="Score the labels, or let the model write and read its answer."),
+    ] = "score",
     columns: Annotated[
         str | None, typer.Option(help="Columns to write, comma-separated; the rows' own columns may be named too.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="For a bare adapter: the task.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="BASE", help="For a bare adapter: the base.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="BASE", help="For a bare adapter: the base. For a run: where its base is now.")
+    ] = None,
     encoding: Encoding = "utf-8",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -94,7 +102,8 @@ def predict(
         run,
         rows,
         out=out,
-        columns=[name.strip() for name in columns.split(",")] if columns is not None else None,
+        decode=decode,  # type: ignore[arg-type]
+        columns=columns,
         task=task,
         model=model,
         encoding=encoding,
@@ -118,6 +127,24 @@ def evaluate(
     print(metrics_text(command.evaluate(predictions, out=out)))
 
 
+@app.command()
+def chat(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[RUN|ADAPTER]", help="Run or adapter folder; none: the base alone.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="BASE", help="The base; needed for a bare adapter.")] = None,
+    task: Annotated[str | None, typer.Option(help="For a bare adapter or a base: the task of /classify.")] = None,
+    once: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer one text and leave.")] = None,
+) -> None:
+    """Talk to a run, an adapter or a base: see what it says, and what its labels are.
+
+    Example: `llm-clf chat output/run`, then `/classify A trial of aspirin after surgery`
+    """
+    from llm_clf.commands import chat as command
+
+    command.chat(source, model=model, task=task, once=once)
+
+
 def main() -> None:
     """Run the command line: 0 done, 2 the input is wrong, 130 interrupted, 1 a bug with its traceback."""
     try:
@@ -125,9 +152,11 @@ def main() -> None:
     except LlmClfError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted; --resume goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as leaving:
+        # Typer turns Ctrl-C into this exit code, without a word.
+        if leaving.code == INTERRUPTED:
+            print("Interrupted; the same command with --resume goes on.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

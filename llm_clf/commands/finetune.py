@@ -1,5 +1,6 @@
 """A prompts folder to a run: train the adapter, score the validation rows as predict does, write the run folder."""
 
+import json
 import shutil
 import time
 from collections import Counter
@@ -91,8 +92,10 @@ def finetune(
 
 def resolve_settings(model: str | None, config: str | Path | None, overrides: Sequence[str]) -> Settings:
     """Return the settings: defaults, the recipe of the base that ships where it is used, the file, the overrides."""
+    if model is not None and (Path(model).expanduser() / "config.json").is_file():
+        model = str(Path(model).expanduser().resolve())
     files = [Path(config)] if config is not None else []
-    changes = [*overrides, *([f"model.name={model}"] if model is not None else [])]
+    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     settings = load_settings(files, changes)
     if settings.model.name == DEFAULT_BASE:
         settings = load_settings([shipped_recipe(), *files], changes)
@@ -140,6 +143,12 @@ def _check_settings(settings: Settings, data: _Data) -> None:
     if settings.data.cut is not None and settings.data.cut not in data.task.columns:
         raise ConfigError(
             f"data.cut: {settings.data.cut!r} is no column of the task; these are {', '.join(data.task.columns)}."
+        )
+    validated = {prompt.label for prompt in data.valid if prompt.label is not None}
+    if settings.train.metric == "roc_auc" and len(validated) == 1:
+        raise ConfigError(
+            f"train.metric roc_auc: all validation rows with a label have {validated.pop()!r}, and a ROC curve needs "
+            "two labels. Choose another metric, or build the prompts with a larger share for validation."
         )
     if isinstance(settings.train.class_weights, dict):
         unknown = sorted(settings.train.class_weights.keys() - set(data.task.names))
@@ -189,7 +198,7 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str
     """Train and save the adapter; return what run.json says of it."""
     from llm_clf.engine.classifier import Classifier, prompt_tokenizer
     from llm_clf.engine.training import train
-    from llm_clf.models.adapters import new_adapter, trainable
+    from llm_clf.models.adapters import new_adapter, save_adapter, trainable
     from llm_clf.models.bases import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(settings.model.name)
@@ -216,7 +225,7 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str
         )
     finally:
         accelerator.end_training()
-    _save_adapter(model, settings.model.name, folder / ADAPTER)
+    save_adapter(model, folder / ADAPTER, base=settings.model.name, tokenizer=tokenizer)
     return {
         "adapter": {"hash": file_hash(folder / ADAPTER / "adapter_model.safetensors"), "parameters": parameters},
         "rows": {
@@ -305,13 +314,6 @@ def _measure(classifier: Any, data: _Data) -> dict[str, float]:
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
     metrics = compute_metrics(gold, predicted, probs, data.task.names)
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
-
-
-def _save_adapter(model: Any, base: str, folder: Path) -> None:
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(folder))
-    # PEFT's model card is an empty form; the run folder says what there is to say.
-    (folder / "README.md").unlink(missing_ok=True)
 
 
 def _score_validation(settings: Settings, data: _Data, folder: Path) -> dict[str, Any]:

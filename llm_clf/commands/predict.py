@@ -4,22 +4,32 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from llm_clf.config import Settings, load_settings, settings_to_dict
 from llm_clf.console import progress, say
 from llm_clf.decisions.decide import decide, probabilities
-from llm_clf.decisions.predictions import OK, STDOUT, Prediction, check_format, choose_columns, write_predictions
-from llm_clf.errors import ArtifactError, ConfigError, DataError
+from llm_clf.decisions.parsing import AnswerParser
+from llm_clf.decisions.predictions import (
+    OK,
+    STDOUT,
+    UNPARSED,
+    Prediction,
+    check_format,
+    choose_columns,
+    prediction_columns,
+    write_predictions,
+)
+from llm_clf.errors import ConfigError, DataError
 from llm_clf.files import file_hash, partial_name, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import rewindable
 from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import is_run, load_run
+from llm_clf.runs import Run, is_run, load_run
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+Decode = Literal["score", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +39,8 @@ class Source:
     adapter: Path
     task: Task
     settings: Settings
-    run: Path | None
-    """The run folder, None for a bare adapter."""
+    run: Run | None
+    """None for a bare adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +54,11 @@ class _Survey:
 
 def predict(
     run: str | Path,
-    rows: Sequence[str | Path],
+    rows: str | Path | Sequence[str | Path],
     *,
     out: str | Path,
-    columns: Sequence[str] | None = None,
+    decode: Decode = "score",
+    columns: str | Sequence[str] | None = None,
     task: str | Path | None = None,
     model: str | None = None,
     encoding: str = "utf-8",
@@ -63,9 +74,11 @@ def predict(
         run: A run folder, or a bare adapter folder with `task` and `model`.
         rows: Tables or instruction/input/output files; `-` is standard input.
         out: .csv, .jsonl or .parquet; `-` is JSONL on standard output.
+        decode: `score` gives every row the most probable label; `generate` lets the model write its answer and reads
+            the label from it, or finds none (`unparsed`).
         columns: What to write, of the predictions' and the rows' columns; None: all of the predictions'.
         task: For a bare adapter: the task.
-        model: For a bare adapter: the base.
+        model: For a bare adapter: the base. For a run: where its base is now, if it was moved.
         encoding: Of text files.
         resume: Go on with what an interrupted job left beside `out`.
         overwrite: Replace `out`.
@@ -73,6 +86,10 @@ def predict(
     Raises:
         LlmClfError: Run, rows or arguments are wrong; no file is written then.
     """
+    if decode not in get_args(Decode):
+        raise ConfigError(f"--decode {decode!r}: allowed are {' and '.join(get_args(Decode))}.")
+    if isinstance(columns, str):
+        columns = [name.strip() for name in columns.split(",")]
     place = Path(out)
     check_format(place)
     unfinished = None if str(out) == STDOUT else partial_name(place)
@@ -92,7 +109,9 @@ def predict(
     source = find_source(Path(run), task, model)
     with rewindable(rows) as files:
         prompts = _FilePrompts(files, source.task, encoding)
-        return predict_prompts(source, prompts, place, columns=columns, journal=unfinished, resume=resume)
+        return predict_prompts(
+            source, prompts, place, decode=decode, columns=columns, journal=unfinished, resume=resume
+        )
 
 
 def find_source(folder: Path, task: str | Path | None, model: str | None) -> Source:
@@ -104,9 +123,12 @@ def find_source(folder: Path, task: str | Path | None, model: str | None) -> Sou
     """
     if is_run(folder) or not (folder / "adapter_config.json").is_file():
         run = load_run(folder)
-        if task is not None or model is not None:
-            raise ConfigError(f"{folder}: is a run and has its own task and base; leave out --task and --model.")
-        return Source(run.adapter, run.task, run.settings, folder)
+        if task is not None:
+            raise ConfigError(f"{folder}: is a run and has its own task; leave out --task.")
+        if model is not None:
+            moved = run.settings.model.model_copy(update={"name": model})
+            run = replace(run, settings=run.settings.model_copy(update={"model": moved}))
+        return Source(run.adapter, run.task, run.settings, run)
     if task is None or model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
     return Source(folder, load_task(task), load_settings(overrides=[f"model.name={json.dumps(model)}"]), None)
@@ -117,6 +139,7 @@ def predict_prompts(
     prompts: Iterable[Prompt],
     out: Path,
     *,
+    decode: Decode = "score",
     columns: Sequence[str] | None = None,
     journal: Path | None = None,
     resume: bool = False,
@@ -127,6 +150,7 @@ def predict_prompts(
         source: What to predict with.
         prompts: In input order; iterated three times.
         out: The predictions file.
+        decode: Whether the label is the most probable one, or what a generated answer means.
         columns: What to write; None: all columns of predictions.
         journal: Where scores stand until all are there; None: in memory only.
         resume: Go on with the journal that is there.
@@ -135,35 +159,52 @@ def predict_prompts(
     if survey.rows == 0:
         raise DataError("There are no rows to predict.")
     names = source.task.names
-    chosen = choose_columns(columns, names, survey.columns)
+    chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns)
 
+    from llm_clf.engine.classifier import Scored
     from llm_clf.engine.journal import Journal
     from llm_clf.models.bases import quiet_libraries
 
     quiet_libraries()
-    key = _job_key(source, survey.digest)
+    key = _job_key(source, survey.digest, decode)
     with Journal(journal, key=key, rows=survey.rows, labels=len(names), resume=resume) as scored:
         before, started = len(scored.finished), time.monotonic()
         if before:
             say(f"Going on: {before:,} of {survey.rows:,} rows are there.")
         if before < survey.rows:
-            classifier = _load(source)
+            classifier = _load(source, decode)
             started = time.monotonic()
             with progress("predicting", survey.rows, "rows", done=before) as advance:
 
-                def done(rows: Sequence[int], scores: Any, cut: Sequence[bool]) -> None:
-                    scored.record(rows, scores, cut)
-                    advance(len(rows))
+                def done(batch: Scored) -> None:
+                    scored.record(batch)
+                    advance(len(batch.rows))
 
                 classifier.score(prompts, done, frozenset(scored.finished))
         seconds = time.monotonic() - started
-        write_predictions(out, _predictions(prompts, scored, names), labels=names, columns=chosen)
+        predictions = _predictions(prompts, scored, source.task, decode)
+        write_predictions(out, predictions, labels=names, columns=chosen)
         cut = int(scored.cut.sum())
+        agreement = {"agreement": _agreement(scored, source.task)} if decode == "generate" else {}
     if journal is not None:
         journal.unlink(missing_ok=True)
     speed = (survey.rows - before) / max(seconds, 1e-9)
     say(f"{survey.rows:,} rows predicted, {cut:,} of them cut to fit; {speed:.1f} rows/s.")
-    return {"rows": survey.rows, "cut": cut, "seconds": round(seconds, 3), "rows_per_second": round(speed, 2)}
+    if agreement:
+        _say_agreement(agreement["agreement"])
+    figures = {"rows": survey.rows, "cut": cut, "seconds": round(seconds, 3), "rows_per_second": round(speed, 2)}
+    return figures | agreement
+
+
+def _say_agreement(found: dict[str, Any]) -> None:
+    differ = found["differ"]
+    where = (
+        f"; they differ on rows {', '.join(map(str, differ[:10]))}{' …' if len(differ) > 10 else ''}" if differ else ""
+    )
+    say(
+        f"Generated answers and scores agree on {found['agree']:,} of {found['rows']:,} rows "
+        f"({found['unparsed']:,} answers are no label){where}."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +231,15 @@ def _survey(prompts: Iterable[Prompt]) -> _Survey:
     return _Survey(rows, digest.hexdigest(), columns)
 
 
-def _job_key(source: Source, rows_digest: str) -> str:
+def _job_key(source: Source, rows_digest: str, decode: Decode) -> str:
     """Return a hash of all that the scores depend on."""
+    from llm_clf.models.adapters import adapter_weights
     from llm_clf.models.bases import base_identity
 
-    weights = next((source.adapter / name for name in ADAPTER_FILES if (source.adapter / name).is_file()), None)
-    if weights is None:
-        raise ArtifactError(f"{source.adapter}: holds no adapter weights ({' or '.join(ADAPTER_FILES)}).")
     parts = [
         rows_digest,
-        file_hash(weights),
+        decode,
+        file_hash(adapter_weights(source.adapter)),
         base_identity(source.settings.model.name)["hash"],
         source.task.model_dump(mode="json"),
         settings_to_dict(source.settings),
@@ -207,24 +247,39 @@ def _job_key(source: Source, rows_digest: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _load(source: Source) -> Any:
-    from llm_clf.engine.classifier import Classifier
+def _load(source: Source, decode: Decode) -> Any:
+    from llm_clf.engine.classifier import Classifier, require_same_base
 
     if source.run is not None:
-        return Classifier.from_run(load_run(source.run))
-    return Classifier.from_adapter(source.adapter, source.task, source.settings)
+        require_same_base(source.run)
+    return Classifier.from_adapter(source.adapter, source.task, source.settings, generate=decode == "generate")
 
 
-def _predictions(prompts: Iterable[Prompt], scored: Any, names: Sequence[str]) -> Iterator[Prediction]:
+def _predictions(prompts: Iterable[Prompt], scored: Any, task: Task, decode: Decode) -> Iterator[Prediction]:
+    """Yield decisions in input order: the most probable label, or the one that the generated text means."""
     probs = probabilities(scored.scores)
     choices = decide(probs)
+    parser = AnswerParser(task)
     for number, prompt in enumerate(prompts):
+        text = scored.texts[number] if decode == "generate" else None
+        label = task.names[choices[number]] if text is None else parser.parse(text)
         yield Prediction(
             id=prompt.id,
-            label=names[choices[number]],
+            label=label,
             probs=list(probs[number]),
-            status=OK,
+            status=OK if label is not None else UNPARSED,
             cut=bool(scored.cut[number]),
             gold=prompt.label,
+            text=text,
             cells=prompt.cells,
         )
+
+
+def _agreement(scored: Any, task: Task) -> dict[str, Any]:
+    """Return how often the generated answers mean the label that scores highest, and on which rows they do not."""
+    choices = decide(probabilities(scored.scores))
+    parser = AnswerParser(task)
+    parsed = [parser.parse(scored.texts[number]) for number in range(len(choices))]
+    differ = [number for number, label in enumerate(parsed) if label != task.names[choices[number]]]
+    unparsed = sum(label is None for label in parsed)
+    return {"rows": len(parsed), "agree": len(parsed) - len(differ), "unparsed": unparsed, "differ": differ}

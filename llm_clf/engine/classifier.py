@@ -1,6 +1,7 @@
 """A base with its adapter, ready to score prompts: the one path of validation, prediction and the rest."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llm_clf.config import Settings
+from llm_clf.engine.generation import TextGenerator
 from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.tokens import PromptTokenizer
 from llm_clf.errors import ArtifactError
@@ -21,7 +23,19 @@ from llm_clf.runs import Run
 # Rows that are sorted by length together. Part of the plan of batches: another number, other rounding.
 WINDOW = 16_384
 
-Done = Callable[[Sequence[int], np.ndarray, Sequence[bool]], None]
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the model made of some rows."""
+
+    rows: list[int]
+    """Numbers of the rows in the input."""
+    scores: np.ndarray
+    """Log-probabilities in nats, fp32, shape `(rows, labels)`."""
+    cut: list[bool]
+    """Whether a row was cut to fit."""
+    texts: list[str] | None
+    """Generated answers, None where none were asked for."""
 
 
 class Classifier:
@@ -31,47 +45,42 @@ class Classifier:
         model: The base with its adapter.
         tokens: Turns prompts into tokens.
         batch_tokens: Most padded tokens in one forward.
+        generator: Writes answers beside the scores; None: no answers.
     """
 
-    def __init__(self, model: Any, tokens: PromptTokenizer, *, batch_tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(
+        self, model: Any, tokens: PromptTokenizer, *, batch_tokens: int, generator: TextGenerator | None = None
+    ) -> None:
+        self._tokens = tokens
         self._scorer = LabelScorer(model, tokens.answers, pad_id=tokens.pad_id)
         self._batch_tokens = batch_tokens
+        self._generator = generator
 
     @classmethod
-    def from_run(cls, run: Run) -> "Classifier":
-        """Load the classifier of a finished run.
+    def from_adapter(cls, folder: Path, task: Task, settings: Settings, *, generate: bool = False) -> "Classifier":
+        """Load an adapter folder onto the base that the settings name.
 
         Raises:
-            ArtifactError: The base is missing, or is not the one that the run was trained on.
+            ArtifactError: Base or adapter cannot be loaded, or do not fit each other.
         """
-        trained_on = run.facts.get("base", {})
-        if base_identity(run.settings.model.name)["hash"] != trained_on.get("hash"):
-            raise ArtifactError(
-                f"{run.folder}: the base {run.settings.model.name} is not the one that the run was trained on "
-                "(its config, tokenizer or weights changed). Put the former files back, or train again."
-            )
-        return cls.from_adapter(run.adapter, run.task, run.settings)
-
-    @classmethod
-    def from_adapter(cls, folder: Path, task: Task, settings: Settings) -> "Classifier":
-        """Load an adapter folder onto the base that the settings name."""
         device = choose_device()
         dtype = choose_dtype(settings.model.dtype, device)
         tokenizer = load_tokenizer(settings.model.name)
         base = load_model(settings.model.name, dtype=dtype, device=device)
         tokens = prompt_tokenizer(tokenizer, base, task, settings)
-        model = attach_adapter(base, folder, merge=settings.predict.merge)
-        return cls(model, tokens, batch_tokens=settings.predict.batch_tokens)
+        model = attach_adapter(base, folder, merge=settings.predict.merge, tokenizer=tokenizer)
+        limit = settings.predict.max_new_tokens
+        generator = TextGenerator(model, tokenizer, pad_id=tokens.pad_id, max_new_tokens=limit) if generate else None
+        return cls(model, tokens, batch_tokens=settings.predict.batch_tokens, generator=generator)
 
-    def score(self, prompts: Iterable[Prompt], done: Done, finished: Collection[int] = ()) -> None:
+    def score(self, prompts: Iterable[Prompt], done: Callable[[Scored], None], finished: Collection[int] = ()) -> None:
         """Score prompts window by window, reading them as it goes.
 
         The plan of batches depends on the prompts and the settings alone; batches that are finished are left out.
 
         Args:
             prompts: Rows in input order.
-            done: Takes each batch as row numbers, scores of shape `(rows, labels)`, and which rows were cut.
+            done: Takes each batch.
             finished: Numbers of rows that need no scores; whole batches, as `done` got them.
         """
         first = 0
@@ -80,23 +89,42 @@ class Classifier:
                 self._score_window(window, first, done, finished)
             first += len(window)
 
-    def _score_window(self, window: Sequence[Prompt], first: int, done: Done, finished: Collection[int]) -> None:
-        examples = self.tokens.encode(window)
-        for batch in self._scorer.plan([len(example.ids) for example in examples], self._batch_tokens):
-            numbers = [first + index for index in batch]
-            if not all(number in finished for number in numbers):
-                scores = self._scorer.score([examples[index].ids for index in batch])
-                done(numbers, scores.numpy(), [examples[index].cut for index in batch])
-
     def score_all(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Return the scores of prompts in their order, fp32, shape `(prompts, labels)`."""
-        scores = np.empty((len(prompts), len(self.tokens.answers)), dtype=np.float32)
+        scores = np.empty((len(prompts), len(self._tokens.answers)), dtype=np.float32)
 
-        def keep(rows: Sequence[int], found: np.ndarray, _: Sequence[bool]) -> None:
-            scores[list(rows)] = found
+        def keep(batch: Scored) -> None:
+            scores[batch.rows] = batch.scores
 
         self.score(prompts, keep)
         return scores
+
+    def _score_window(
+        self, window: Sequence[Prompt], first: int, done: Callable[[Scored], None], finished: Collection[int]
+    ) -> None:
+        examples = self._tokens.encode(window)
+        for batch in self._scorer.plan([len(example.ids) for example in examples], self._batch_tokens):
+            numbers = [first + index for index in batch]
+            if all(number in finished for number in numbers):
+                continue
+            ids = [examples[index].ids for index in batch]
+            scores = self._scorer.score(ids).numpy()
+            texts = self._generator.complete(ids) if self._generator is not None else None
+            done(Scored(numbers, scores, [examples[index].cut for index in batch], texts))
+
+
+def require_same_base(run: Run) -> None:
+    """Refuse to go on with a base that is not the one that the run was trained on.
+
+    Raises:
+        ArtifactError: The base is missing, or its config, tokenizer or weights changed.
+    """
+    name = run.settings.model.name
+    if base_identity(name)["hash"] != run.facts.get("base", {}).get("hash"):
+        raise ArtifactError(
+            f"{run.folder}: the base {name} is not the one that the run was trained on (its config, tokenizer or "
+            "weights differ). Put the former files back, tell where they are with --model, or train again."
+        )
 
 
 def prompt_tokenizer(tokenizer: Any, base: Any, task: Task, settings: Settings) -> PromptTokenizer:

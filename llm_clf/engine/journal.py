@@ -1,12 +1,12 @@
 """Scores on disk while a prediction runs: what a kill leaves is what a resumed job goes on from."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from llm_clf.engine.classifier import Scored
 from llm_clf.errors import ArtifactError
 
 
@@ -27,6 +27,7 @@ class Journal:
     def __init__(self, file: Path | None, *, key: str, rows: int, labels: int, resume: bool) -> None:
         self.scores = np.zeros((rows, labels), dtype=np.float32)
         self.cut = np.zeros(rows, dtype=bool)
+        self.texts: dict[int, str] = {}
         self.finished: set[int] = set()
         self._file = file
         self._lines = None
@@ -40,10 +41,11 @@ class Journal:
         if not kept:
             self._append({"key": key})
 
-    def record(self, rows: Sequence[int], scores: np.ndarray, cut: Sequence[bool]) -> None:
-        """Keep the scores of one batch, shape `(rows, labels)`; they are on disk when this returns."""
-        self._keep(rows, scores, cut)
-        self._append({"rows": list(rows), "scores": scores.tolist(), "cut": [int(value) for value in cut]})
+    def record(self, batch: Scored) -> None:
+        """Keep one batch; it is on disk when this returns."""
+        self._keep(batch)
+        line = {"rows": batch.rows, "scores": batch.scores.tolist(), "cut": [int(value) for value in batch.cut]}
+        self._append(line | ({"texts": batch.texts} if batch.texts is not None else {}))
 
     def close(self) -> None:
         """Close the file and leave it."""
@@ -60,10 +62,11 @@ class Journal:
         """Close the file."""
         self.close()
 
-    def _keep(self, rows: Sequence[int], scores: np.ndarray | list[list[float]], cut: Sequence[bool]) -> None:
-        self.scores[list(rows)] = scores
-        self.cut[list(rows)] = cut
-        self.finished.update(rows)
+    def _keep(self, batch: Scored) -> None:
+        self.scores[batch.rows] = batch.scores
+        self.cut[batch.rows] = batch.cut
+        self.texts.update(zip(batch.rows, batch.texts or (), strict=False))
+        self.finished.update(batch.rows)
 
     def _append(self, record: dict[str, object]) -> None:
         if self._lines is not None:
@@ -87,6 +90,7 @@ class Journal:
                         "Give the former ones to go on, or --overwrite to start anew."
                     )
                 if number:
-                    self._keep(record["rows"], record["scores"], [bool(value) for value in record["cut"]])
+                    scores = np.array(record["scores"], dtype=np.float32)
+                    self._keep(Scored(record["rows"], scores, record["cut"], record.get("texts")))
                 kept += len(line)
         return kept

@@ -1,7 +1,7 @@
 """The only place where a row becomes tokens: for training, validation, prediction and chat alike."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,17 +71,7 @@ class PromptTokenizer:
 
     def _encode_inputs(self, inputs: Sequence[str]) -> list[list[int]]:
         texts = [f"{self._before}{self.task.instruction}\n{text}{self._after}" for text in inputs]
-        return [[*self._head, *ids, *self._tail] for ids in self._tokenize(texts)]
-
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenise plain text: what looks like a special token in it stays text."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False, truncation=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        return [[*self._head, *ids, *self._tail] for ids in tokenize_text(self._tokenizer, texts)]
 
     def _lengths(self, inputs: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._encode_inputs(inputs)]
@@ -107,7 +97,7 @@ class PromptTokenizer:
 
     def _tokenize_labels(self) -> list[list[list[int]]]:
         end = self._tokenizer.eos_token_id
-        answers = [[[*ids, end] for ids in self._tokenize(label.words)] for label in self.task.labels]
+        answers = [[[*ids, end] for ids in tokenize_text(self._tokenizer, label.words)] for label in self.task.labels]
         owners: dict[tuple[int, ...], str] = {}
         for label, words in zip(self.task.labels, answers, strict=True):
             for word, ids in zip(label.words, words, strict=True):
@@ -120,29 +110,77 @@ class PromptTokenizer:
         return answers
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], str, str, list[int]]:
-    """Return what stands around a message: head ids, text before it, text after it, tail ids.
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the tokens of a conversation up to where the next answer begins.
 
-    Head and tail reach up to the template's special tokens that are nearest to the message; the plain text between
-    them and the message is tokenised together with it, as the template's whole text would be.
+    Args:
+        tokenizer: The base's tokenizer; its chat template is used where it has one.
+        messages: `{"role": "user" or "assistant", "content": text}` in order.
     """
+    places = {f"{_PLACE}{number}.": message["content"] for number, message in enumerate(messages)}
+    held = [{**message, "content": place} for message, place in zip(messages, places, strict=True)]
+    find_places = re.compile("|".join(map(re.escape, places)))
+    ids: list[int] = []
+    for segment in _segments(tokenizer, held):
+        if isinstance(segment, int):
+            ids.append(segment)
+        else:
+            ids += tokenize_text(tokenizer, [find_places.sub(lambda found: places[found.group()], segment)])[0]
+    return ids
+
+
+def tokenize_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of plain texts: what looks like a special token in them stays text."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], str, str, list[int]]:
+    """Return what stands around one user message: head ids, text before it, text after it, tail ids.
+
+    The plain text of the template next to the message is tokenised together with it, as the template's own text is.
+    """
+    segments = _segments(tokenizer, [{"role": "user", "content": _PLACE}])
+    place = next(i for i, segment in enumerate(segments) if isinstance(segment, str) and _PLACE in segment)
+
+    def ids(around: Sequence[int | str]) -> list[int]:
+        return [
+            i for part in around for i in ([part] if isinstance(part, int) else tokenize_text(tokenizer, [part])[0])
+        ]
+
+    before, _, after = str(segments[place]).partition(_PLACE)
+    return ids(segments[:place]), before, after, ids(segments[place + 1 :])
+
+
+def _segments(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int | str]:
+    """Return a rendered conversation as the ids of the template's special tokens and the texts between them."""
     if tokenizer.chat_template is None:
-        with_specials = tokenizer("x")["input_ids"]
-        plain = tokenizer("x", add_special_tokens=False)["input_ids"]
-        starts = [i for i in range(len(with_specials)) if with_specials[i : i + len(plain)] == plain]
-        return with_specials[: starts[0]] if starts else [], "", "\n", []
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True
-    )
-    head, _, tail = rendered.partition(_PLACE)
-    specials = sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
-    inner_head = max((match.end() for match in pattern.finditer(head)), default=0)
-    first = pattern.search(tail)
-    inner_tail = first.start() if first else len(tail)
+        return [*_prefix(tokenizer), "".join(message["content"] + "\n" for message in messages)]
+    rendered: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    specials = {token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items()}
+    longest_first = sorted(specials, key=len, reverse=True)
+    parts = re.split("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")", rendered)
+    segments: list[int | str] = []
+    for number, part in enumerate(parts):
+        if part in specials:
+            segments.append(specials[part][0])
+            continue
+        # A special token may swallow the white space next to it; so it does in the template's own tokens.
+        if number > 0 and specials[parts[number - 1]][1].rstrip:
+            part = part.lstrip()
+        if number + 1 < len(parts) and specials[parts[number + 1]][1].lstrip:
+            part = part.rstrip()
+        if part:
+            segments.append(part)
+    return segments
 
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return found
 
-    return ids(head[:inner_head]), head[inner_head:], tail[:inner_tail], ids(tail[inner_tail:])
+def _prefix(tokenizer: Any) -> list[int]:
+    """Return the ids that a tokenizer puts before any text, such as a begin token."""
+    whole = tokenizer("x")["input_ids"]
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+    return list(whole[: starts[0]]) if starts else []

@@ -94,8 +94,7 @@ def train(
     state = _restore(folder, model, accelerator)
     due = _evaluation_steps(per_epoch, total, settings.eval_every) if evaluate else set()
     if settings.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     takes = forward_arguments(model)
     saved = time.monotonic()
 

@@ -1,12 +1,21 @@
 """LoRA adapters through PEFT: make one, attach a saved one, take its weights out and put them back."""
 
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from llm_clf.config import LoraSettings
 from llm_clf.errors import ArtifactError, ConfigError
+from llm_clf.files import read_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
@@ -31,7 +40,8 @@ def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, config)
+        with _without_peft_notices():
+            return get_peft_model(model, config)
     except ValueError as error:
         layers = sorted(
             {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -42,22 +52,96 @@ def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
         ) from error
 
 
-def attach_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
+def save_adapter(model: Any, folder: Path, *, base: str, tokenizer: Any) -> None:
+    """Write the adapter as PEFT does, with the tokenizer beside it: by that another base is recognised."""
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    # PEFT's model card is an empty form; the run folder says what there is to say.
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> Any:
     """Return the base with a saved adapter, in evaluation mode; `merge` adds it into the base's weights.
+
+    Args:
+        model: The base.
+        folder: A folder that PEFT saved.
+        merge: Whether to merge.
+        tokenizer: The base's; compared with the one that was saved beside the adapter, if one was.
 
     Raises:
         ArtifactError: The folder holds no adapter, or one of another base.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    if not (folder / "adapter_config.json").is_file():
-        raise ArtifactError(f"{folder}: has no adapter_config.json, so it is no adapter.")
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"{folder}: has no {CONFIG}, so it is no adapter.")
+    weights = adapter_weights(folder)
+    trained_on = read_json(folder / CONFIG).get("base_model_name_or_path")
+    this = f"{model.config.name_or_path} (the adapter was trained on {trained_on})"
+    _require_same_tokenizer(folder, tokenizer, this)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{folder}: the adapter does not fit the base: {reason}") from error
+        with _without_peft_notices():
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{folder}: the adapter does not fit the base {this}: {reason}") from error
+    # PEFT only warns of weights that find no place, and leaves those that are absent as they were drawn.
+    wrong = set(get_peft_model_state_dict(adapted)) ^ _weight_names(weights)
+    if wrong:
+        raise ArtifactError(
+            f"{folder}: the adapter does not fit the base {this}: {len(wrong)} weights have no counterpart, first "
+            f"{min(wrong)}. Give the base that it was trained on."
+        )
     return (adapted.merge_and_unload() if merge else adapted).eval()
+
+
+def adapter_weights(folder: Path) -> Path:
+    """Return the file of an adapter's weights.
+
+    Raises:
+        ArtifactError: There is none.
+    """
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise ArtifactError(f"{folder}: holds no adapter weights ({' or '.join(WEIGHTS)}).")
+    return found
+
+
+def _weight_names(weights: Path) -> set[str]:
+    try:
+        if weights.suffix == ".safetensors":
+            with safe_open(weights, framework="pt") as opened:
+                return set(opened.keys())
+        return set(torch.load(weights, map_location="meta", weights_only=True))
+    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ArtifactError(f"{weights}: is damaged: {error}. Copy it again.") from error
+
+
+def _require_same_tokenizer(folder: Path, tokenizer: Any, base: str) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder}: the tokenizer saved with the adapter cannot be read: {error}.") from error
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ArtifactError(
+            f"{folder}: the adapter was trained with another tokenizer than that of the base {base}. "
+            "Give the base that it was trained on."
+        )
+
+
+@contextmanager
+def _without_peft_notices() -> Iterator[None]:
+    """Keep quiet what PEFT says of itself: a property's old name, and how it sees GPT-2's transposed layers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+        yield
 
 
 def trainable(model: Any) -> list[torch.nn.Parameter]:

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,7 +144,6 @@ def _hash_sample(file: Path, digest: "hashlib._Hash") -> None:
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notices off the terminal; ours say what matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

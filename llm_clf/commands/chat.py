@@ -1,0 +1,162 @@
+"""Talk to a base, a bare adapter or a run: a look at what the model says, and at what its labels are."""
+
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from llm_clf.chat import Conversation, Write, converse
+from llm_clf.commands.predict import find_source
+from llm_clf.config import DEFAULT_BASE, load_settings
+from llm_clf.console import say
+from llm_clf.decisions.decide import probabilities
+from llm_clf.errors import ConfigError, DataError
+from llm_clf.prompting.prompts import Prompt
+from llm_clf.prompting.tasks import Task, load_task
+from llm_clf.runs import is_run
+
+MAX_NEW_TOKENS = 512
+
+
+def chat(
+    source: str | Path | None = None,
+    *,
+    model: str | None = None,
+    task: str | Path | None = None,
+    once: str | None = None,
+) -> str | None:
+    """Talk on the terminal, or answer one text and return the answer.
+
+    Args:
+        source: A run or a bare adapter; None: the base alone.
+        model: The base; needed for a bare adapter, glm-nano where there is no source.
+        task: For a bare adapter or a base: the task of `/classify`.
+        once: A text to answer; None: talk until the input ends.
+
+    Raises:
+        LlmClfError: Source, base or task are wrong.
+    """
+    loaded = _load(source, model, task)
+    say(loaded.description + ("" if once is not None else " /help lists the commands."))
+    write = _to_stdout
+    if once is not None:
+        return Conversation(loaded, write).say(once)
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        # Importing it gives input() line editing and a history.
+        import readline  # noqa: F401
+    converse(loaded, lambda: input(prompt), write)
+    return None
+
+
+class LoadedModel:
+    """A model with its tokenizer and, where it has a task, its label scores."""
+
+    def __init__(self, model: Any, tokenizer: Any, classifier: Any, task: Task | None, description: str) -> None:
+        from llm_clf.engine.generation import TextGenerator
+        from llm_clf.models.bases import context_length
+
+        self.description = description
+        self.has_adapter = self.adapter_on = hasattr(model, "disable_adapter")
+        self._model, self._tokenizer, self._classifier, self._task = model, tokenizer, classifier, task
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._limit = context_length(model.config)
+        room = min(MAX_NEW_TOKENS, self._limit // 2) if self._limit else MAX_NEW_TOKENS
+        self._room = room
+        self._generator = TextGenerator(model, tokenizer, pad_id=pad, max_new_tokens=room)
+
+    def answer(self, messages: list[dict[str, str]], write: Write) -> str:
+        """Return the next answer, written piece by piece; the oldest turns give way when all are too long."""
+        from llm_clf.engine.tokens import encode_messages
+
+        first = 0
+        ids = encode_messages(self._tokenizer, messages)
+        while self._limit and len(ids) + self._room > self._limit:
+            if first + 2 >= len(messages):
+                raise DataError(f"The message has {len(ids)} tokens; this base reads {self._limit} with its answer.")
+            first += 2
+            ids = encode_messages(self._tokenizer, messages[first:])
+        if first:
+            say(f"(The first {first} messages no longer fit and were left out.)")
+        with self._chosen():
+            return self._generator.stream(ids, write)
+
+    def classify(self, text: str) -> list[tuple[str, float]]:
+        """Return the probability of each label in the task's order.
+
+        Raises:
+            ConfigError: There is no task.
+        """
+        if self._classifier is None or self._task is None:
+            raise ConfigError("There is no task here. Start with a run, or with --task TASK.")
+        prompt = Prompt("0", _input_of(text, self._task), None, {})
+        with self._chosen():
+            probs = probabilities(self._classifier.score_all([prompt]))[0]
+        return list(zip(self._task.names, map(float, probs), strict=True))
+
+    def _chosen(self) -> Any:
+        return self._model.disable_adapter() if self.has_adapter and not self.adapter_on else nullcontext()
+
+
+def _load(source: str | Path | None, model: str | None, task: str | Path | None) -> LoadedModel:
+    from llm_clf.engine.classifier import Classifier, prompt_tokenizer, require_same_base
+    from llm_clf.models.adapters import attach_adapter
+    from llm_clf.models.bases import load_model, load_tokenizer, quiet_libraries
+    from llm_clf.models.devices import choose_device, choose_dtype, describe
+
+    quiet_libraries()
+    adapter, asked, settings, words = None, None, load_settings(), ""
+    if source is not None:
+        folder = Path(source)
+        if is_run(folder) or not (folder / "adapter_config.json").is_file() or task is not None:
+            found = find_source(folder, task, model)
+            adapter, asked, settings = found.adapter, found.task, found.settings
+            if found.run is not None:
+                require_same_base(found.run)
+        elif model is None:
+            raise ConfigError(f"{folder}: is a bare adapter; tell its base: --model BASE.")
+        else:
+            adapter = folder
+        words = f" with the adapter of {folder}"
+    if adapter is None or model is not None:
+        name = model or DEFAULT_BASE
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"name": name})})
+        asked = load_task(task) if task is not None else asked
+    device = choose_device()
+    dtype = choose_dtype(settings.model.dtype, device)
+    tokenizer = load_tokenizer(settings.model.name)
+    loaded = load_model(settings.model.name, dtype=dtype, device=device)
+    classifier = None
+    tokens = prompt_tokenizer(tokenizer, loaded, asked, settings) if asked is not None else None
+    if adapter is not None:
+        # Never merged here: /base switches the adapter off and on.
+        loaded = attach_adapter(loaded, adapter, merge=False, tokenizer=tokenizer)
+    if tokens is not None:
+        classifier = Classifier(loaded, tokens, batch_tokens=settings.predict.batch_tokens)
+    description = f"{settings.model.name}{words}, {dtype} on {describe(device)}."
+    return LoadedModel(loaded, tokenizer, classifier, asked, description)
+
+
+def _input_of(text: str, task: Task) -> str:
+    """Return the input that a typed text means: JSON with the task's columns, a rendered input, or the main column."""
+    import json
+
+    try:
+        record = json.loads(text) if text.startswith("{") else None
+    except json.JSONDecodeError as error:
+        raise DataError(f"That is not JSON: {error}.") from error
+    if isinstance(record, Mapping):
+        missing = [column for column in task.columns if column not in record]
+        if missing:
+            raise DataError(f"The task needs the columns {', '.join(map(repr, missing))} too.")
+        return task.render({column: str(record[column]) for column in task.columns})
+    main = task.cut or task.columns[-1]
+    if task.follows_template(text):
+        return text
+    return task.render({column: text if column == main else "" for column in task.columns})
+
+
+def _to_stdout(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

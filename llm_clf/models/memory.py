@@ -1,0 +1,296 @@
+"""Estimated memory of a training, by mode: from a base's config alone, no weight is loaded.
+
+The formulas follow what PyTorch, PEFT and bitsandbytes keep; each function says where its terms come from. They assume
+a decoder of attention and a gated MLP, attention that never holds its scores (SDPA), an adapter in fp32, no autocast.
+Mixtures of experts and sliding or linear attention are estimated as if they were such a decoder.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_clf.models.bases import _loading, find_base
+
+MODES = ("fp32", "bf16", "fp16", "8bit", "4bit")
+QUANTIZED = ("8bit", "4bit")
+# Both quantised modes compute, and keep what they do not quantise, in half precision.
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "8bit": 2, "4bit": 2}
+# Answers are short; without rows a label's word and the end token stand for them.
+ANSWER_TOKENS = 2
+# CPU: Python with torch, transformers and PEFT, resident and measured. CUDA: cuBLAS workspaces and what the caching
+# allocator rounds up; the context itself is already missing from the free memory that a process reads of a card.
+RUNTIME_BYTES = {"cpu": 9 * 2**26, "cuda": 2**28}
+# On CPU glibc keeps freed blocks of up to 32 MiB instead of giving them back: 300 to 700 MiB were seen in trainings of
+# a 45-million-weight base, and none with MALLOC_MMAP_THRESHOLD_ set.
+RETAINED_BYTES = 2**29
+
+
+@dataclass(frozen=True, slots=True)
+class BaseShape:
+    """What the memory of a base follows from."""
+
+    parameters: int
+    """All weights; tied ones count once."""
+    linears: tuple[tuple[int, int], ...]
+    """Inputs and outputs of each linear layer but the output embedding: the layers that are quantised."""
+    layers: int
+    """Decoder layers."""
+    hidden: int
+    """Width of the residual stream."""
+    attention: int
+    """Heads times the width of a head."""
+    intermediate: int
+    """Width inside the MLP."""
+    vocabulary: int
+    """Tokens in the output embedding."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """What the memory of an adapter follows from."""
+
+    parameters: int
+    """Trained weights."""
+    inputs: int
+    """Inputs of all adapted layers, summed."""
+    ranks: int
+    """Ranks of all adapted layers, summed."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The largest micro-batch of a training."""
+
+    tokens: int
+    """Padded tokens."""
+    rows: int
+    """Most rows in it."""
+    longest: int
+    """Tokens of the longest row with its answer."""
+    answer: int
+    """Tokens of the longest answer, end token included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Estimated bytes of one mode at its peak."""
+
+    weights: int
+    """The frozen base."""
+    adapter: int
+    """The adapter, its gradients and the optimiser's state."""
+    activations: int
+    """What the forward of one micro-batch keeps for the backward."""
+    workspace: int
+    """The largest temporary values."""
+    runtime: int
+    """The libraries and what the allocator holds back."""
+
+    @property
+    def peak(self) -> int:
+        """Return the sum: all of these are there when the backward begins."""
+        return self.weights + self.adapter + self.activations + self.workspace + self.runtime
+
+
+def estimate(
+    mode: str,
+    base: BaseShape,
+    adapter: AdapterShape,
+    batch: MicroBatch,
+    *,
+    device: str,
+    dropout: bool,
+    checkpointing: bool,
+) -> Estimate:
+    """Return the estimate of one mode of `MODES`.
+
+    Args:
+        mode: How the base is held.
+        base: The base's shape.
+        adapter: The adapter's shape.
+        batch: The largest micro-batch.
+        device: `cuda` or `cpu`.
+        dropout: Whether the adapter's dropout is above 0.
+        checkpointing: Whether activations are computed again in the backward.
+    """
+    layer = layer_bytes(mode, base, adapter, batch, device=device, dropout=dropout)
+    if checkpointing:
+        # Each layer keeps its input only; one layer at a time is computed again and kept whole.
+        activations = base.layers * batch.tokens * base.hidden * COMPUTE_BYTES[mode] + layer
+    else:
+        activations = base.layers * layer
+    workspace = workspace_bytes(mode, base, batch)
+    return Estimate(
+        weights=weight_bytes(mode, base),
+        adapter=adapter_bytes(adapter.parameters),
+        activations=activations,
+        workspace=workspace,
+        runtime=runtime_bytes(device, activations + workspace),
+    )
+
+
+def weight_bytes(mode: str, base: BaseShape) -> int:
+    """Return the bytes of the frozen base.
+
+    A linear layer of n = inputs x outputs weights takes, quantised:
+
+    - 8bit: n bytes and an fp32 scale for each output (LLM.int8(), https://arxiv.org/abs/2208.07339);
+    - 4bit: n / 2 bytes of NF4, a byte of scale for every 64 weights and, as the scales are quantised again, an fp32
+      for every 256 of them: 0.127 bits a weight (double quantisation, https://arxiv.org/abs/2305.14314, section 3).
+
+    Embeddings, output embedding, norms and biases stay in half precision. Else every weight takes its type's size.
+    """
+    if mode not in QUANTIZED:
+        return base.parameters * COMPUTE_BYTES[mode]
+    quantized = sum(inputs * outputs for inputs, outputs in base.linears)
+    if mode == "8bit":
+        held = quantized + sum(4 * outputs for _, outputs in base.linears)
+    else:
+        held = sum(_nf4_bytes(inputs * outputs) for inputs, outputs in base.linears)
+    return held + (base.parameters - quantized) * COMPUTE_BYTES[mode]
+
+
+def _nf4_bytes(weights: int) -> int:
+    blocks = math.ceil(weights / 64)
+    return math.ceil(weights / 2) + blocks + 4 * math.ceil(blocks / 256)
+
+
+def adapter_bytes(parameters: int) -> int:
+    """Return the bytes of the adapter in training, all fp32: the weight, its gradient and AdamW's two moments."""
+    return parameters * (4 + 4 + 2 * 4)
+
+
+def layer_bytes(
+    mode: str, base: BaseShape, adapter: AdapterShape, batch: MicroBatch, *, device: str, dropout: bool
+) -> int:
+    """Return the bytes that one decoder layer keeps of a micro-batch for the backward.
+
+    For each token, with b bytes a value, h hidden, a attention, f intermediate. The base is frozen, so that its
+    linear layers keep nothing; the rest is what autograd was seen to keep (within 6 % for glm, llama and qwen2,
+    15 % for gpt2):
+
+    - two norms, each its input in fp32: 2 * 4h;
+    - attention: query, key and value (repeated to all heads) and the result: 4a * b;
+    - the gated MLP: gate, activated gate and the other half: 3f * b;
+    - in front of every adapted layer PEFT makes an fp32 copy of the input: 4 * inputs. In fp32 there is none, but
+      the two norms' results and the MLP's product are kept for the adapter: 4 * (2h + f). With dropout each layer
+      keeps a dropped-out fp32 copy in any mode, and the mask: 1 byte on CUDA, 4 on CPU;
+    - between the adapter's two matrices: 4 * rank;
+    - 8bit: bitsandbytes keeps the half-precision inputs too: (2h + f) * b.
+
+    The attention mask, tokens x longest row, is shared by all layers and counted in `workspace_bytes`.
+    """
+    size = COMPUTE_BYTES[mode]
+    inputs = adapter.inputs / base.layers
+    token: float = 2 * 4 * base.hidden + 4 * base.attention * size + 3 * base.intermediate * size
+    if dropout:
+        token += inputs * (4 + (1 if device == "cuda" else 4))
+    else:
+        token += 4 * (2 * base.hidden + base.intermediate) if size == 4 else 4 * inputs
+    token += 4 * adapter.ranks / base.layers
+    if mode == "8bit":
+        token += (2 * base.hidden + base.intermediate) * size
+    return math.ceil(token * batch.tokens)
+
+
+def workspace_bytes(mode: str, base: BaseShape, batch: MicroBatch) -> int:
+    """Return the bytes of the largest temporary values.
+
+    At the widest linear layer the base's result (b bytes) stands beside the adapter's result, that result scaled, and
+    their sum (fp32 each), and a quantised weight is unpacked to half precision to be multiplied. At the end
+    of the forward it is the logits of the answers' places and the one before them: b bytes, then in fp32 a copy, the
+    log-softmax and its gradient. The two moments do not meet. The attention mask is there in both.
+    """
+    size = COMPUTE_BYTES[mode]
+    widest = max((outputs for _, outputs in base.linears), default=base.hidden)
+    linear = batch.tokens * widest * (size + 3 * 4)
+    if mode in QUANTIZED:
+        linear += max((inputs * outputs for inputs, outputs in base.linears), default=0) * size
+    logits = batch.rows * (batch.answer + 1) * base.vocabulary * (size + 3 * 4)
+    return max(linear, logits) + batch.tokens * batch.longest * size
+
+
+def runtime_bytes(device: str, moving: int) -> int:
+    """Return the bytes of the libraries and of what the allocator holds back.
+
+    Args:
+        device: `cuda` or `cpu`.
+        moving: Bytes that are taken and given back in every step.
+    """
+    return RUNTIME_BYTES[device] + (min(RETAINED_BYTES, moving) if device == "cpu" else 0)
+
+
+def largest_micro_batch(longest: int, mean: float, *, answer: int, batch_size: int, budget: int) -> MicroBatch:
+    """Return the largest micro-batch that rows of these lengths can make.
+
+    A micro-batch has at most `budget` padded tokens and the rows of one optimiser step; a row that is longer than the
+    budget is one of its own. Rows of mean length are taken to fill it.
+
+    Args:
+        longest: Tokens of the longest row with its answer.
+        mean: Mean tokens of a row with its answer.
+        answer: Tokens of the longest answer with its end token.
+        batch_size: Rows per optimiser step.
+        budget: The setting `train.micro_batch_tokens`.
+    """
+    tokens = max(longest, min(budget, batch_size * longest))
+    return MicroBatch(tokens, min(batch_size, math.ceil(tokens / mean)), longest, answer)
+
+
+def empty_model(name: str) -> Any:
+    """Return the base as its config describes it, on the meta device: shapes without weights.
+
+    Raises:
+        ArtifactError: The config cannot be found, or is of no causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _loading(name, "config"):
+        config = AutoConfig.from_pretrained(find_base(name), trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def base_shape(model: Any) -> BaseShape:
+    """Return the shape of a model without an adapter; its weights are not read."""
+    config = model.config.get_text_config()
+    linears = tuple(_linears(model))
+    heads = config.num_attention_heads
+    return BaseShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linears=linears,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        # Some configs (GPT-2, BLOOM) do not say it: there the MLP's second layer is the one with the most inputs.
+        intermediate=getattr(config, "intermediate_size", None) or max((n for n, _ in linears), default=0),
+        vocabulary=config.vocab_size,
+    )
+
+
+def _linears(model: Any) -> Sequence[tuple[int, int]]:
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    found = []
+    for module in model.modules():
+        if isinstance(module, Linear) and module is not output:
+            found.append((module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            found.append((inputs, outputs))
+    return found
+
+
+def adapter_shape(model: Any) -> AdapterShape:
+    """Return the shape of a PEFT model's adapter; its weights are not read."""
+    adapted = [module for module in model.modules() if getattr(module, "lora_A", None)]
+    first = [matrix for module in adapted for matrix in module.lora_A.values()]
+    return AdapterShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        inputs=sum(matrix.in_features for matrix in first),
+        ranks=sum(matrix.out_features for matrix in first),
+    )
