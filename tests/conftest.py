@@ -1,0 +1,191 @@
+"""Shared fixtures: tiny bases with random weights and a byte tokenizer, six rows, a prompts folder."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|start|>"]
+
+
+def byte_tokenizer(
+    folder: Path, *, template: str | None = None, padding_side: str = "right", bos: bool = False
+) -> None:
+    """Save a tokenizer that knows every byte and a few merges, so that labels share their first token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|start|> $A", special_tokens=[("<|start|>", vocab["<|start|>"])]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        bos_token="<|start|>" if bos else None,
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        padding_side=padding_side,
+        chat_template=template,
+    ).save_pretrained(folder)
+
+
+def tiny_config(family: str):
+    """Return a config of two layers for a family of decoders."""
+    from transformers import AutoConfig
+
+    sizes = {
+        "vocab_size": 261,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 3,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+    }
+    if family == "gpt2":
+        sizes = {"vocab_size": 261, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 0}
+        sizes |= {"bos_token_id": None, "pad_token_id": 3}
+    if family == "gpt_neox":
+        sizes.pop("num_key_value_heads")
+        sizes.pop("head_dim")
+    if family == "bloom":
+        sizes = {"vocab_size": 261, "hidden_size": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 0, "pad_token_id": 3}
+    if family == "mistral":
+        sizes["sliding_window"] = None
+    if family == "mistral-window":
+        family, sizes["sliding_window"] = "mistral", 16
+    return AutoConfig.for_model(family, **sizes)
+
+
+def tiny_model(family: str, seed: int = 0):
+    """Return a random model of a family, in fp32, with weights large enough that its answers differ."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model
+
+
+class Bigrams(torch.nn.Module):
+    """A model whose next token depends on the last one alone."""
+
+    def __init__(self, probs: dict[int, dict[int, float]]) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = tiny_config("bloom"), torch.device("cpu"), torch.float32
+        self.table = torch.full((261, 261), 1e-9)
+        for token, following in probs.items():
+            for other, prob in following.items():
+                self.table[token, other] = prob
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids].log())
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that makes a base folder: family, template, padding side; the same one for the same words."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(
+        family: str = "glm",
+        *,
+        template: str | None = None,
+        padding_side: str = "right",
+        bos: bool = False,
+        seed: int = 0,
+    ) -> Path:
+        key = (family, template, padding_side, bos, seed)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"base-{family}")
+            tiny_model(family, seed).save_pretrained(folder)
+            byte_tokenizer(folder, template=template, padding_side=padding_side, bos=bos)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(make_base: Callable[..., Path]) -> Path:
+    """Return the tiny base that most tests use."""
+    return make_base("glm")
+
+
+ROWS = [
+    {"uuid": "a", "title": "Heart", "abstract": "Aspirin after surgery.", "label": "1"},
+    {"uuid": "b", "title": "Bridge", "abstract": "Steel under load.", "label": "0"},
+    {"uuid": "c", "title": "Lung", "abstract": "Inhaled steroids in asthma, a trial.", "label": "1"},
+    {"uuid": "d", "title": "Star", "abstract": "Spectra of dwarfs.", "label": "0"},
+    {"uuid": "e", "title": "Skin", "abstract": "Eczema in infants and what helps against it.", "label": "1"},
+    {"uuid": "f", "title": "Law", "abstract": "Courts and contracts.", "label": "0"},
+]
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Return a JSONL file of six rows."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def many_rows(tmp_path: Path) -> Path:
+    """Return a JSONL file of forty rows whose label a small model can learn."""
+    words = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
+    file = tmp_path / "many.jsonl"
+    with open(file, "w", encoding="utf-8") as lines:
+        for number in range(40):
+            label = str(number % 2)
+            word = words[label][number // 2 % 4]
+            row = {
+                "uuid": f"r{number}",
+                "title": word,
+                "abstract": f"{word} " * (number % 7 + 1) + str(number),
+                "label": label,
+            }
+            lines.write(json.dumps(row) + "\n")
+    return file
+
+
+SHORT_TASK = """\
+instruction: "Medical? 1 or 0"
+input: "{title}:{abstract}"
+id_column: uuid
+label_column: label
+cut: abstract
+labels: ["0", "1"]
+"""
+
+
+@pytest.fixture
+def short_task(tmp_path: Path) -> Path:
+    """Return a task file with a short instruction, for tests that train."""
+    file = tmp_path / "short.yaml"
+    file.write_text(SHORT_TASK, encoding="utf-8")
+    return file

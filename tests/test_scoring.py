@@ -1,0 +1,116 @@
+"""Label scores against the plainest reference: one row, one answer, no padding, log-softmax over everything."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import Bigrams, tiny_config, tiny_model
+
+from llm_clf.decisions.decide import probabilities
+from llm_clf.engine.scoring import TREE_FAMILIES, AnswerTree, LabelScorer, allows_tree
+from llm_clf.errors import ArtifactError
+
+END = 0
+# Labels that begin alike (0 and 1 do in ChatGLM2), one that begins another (1 and 10), and one with two words.
+ANSWERS = [[[17, 40, END]], [[17, 41, END]], [[17, 41, 40, END]], [[50, END], [51, 52, END]]]
+GENERATOR = torch.Generator().manual_seed(3)
+PROMPTS = [torch.randint(5, 261, (length,), generator=GENERATOR).tolist() for length in (3, 30, 11, 11, 1, 24)]
+
+
+def reference(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
+    """Return label scores by the definition."""
+    scores = []
+    for words in ANSWERS:
+        of_words = []
+        for word in words:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *word]])).logits[0].float()
+            log_probs = logits.log_softmax(dim=-1)
+            of_words.append(sum(log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(word)))
+        scores.append(torch.stack(of_words).logsumexp(dim=0))
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("family", sorted(TREE_FAMILIES))
+def test_tree_equals_one_by_one(family: str) -> None:
+    model = tiny_model(family)
+    expected = torch.stack([reference(model, prompt) for prompt in PROMPTS])
+    scores = LabelScorer(model, ANSWERS, pad_id=3, tree=True).score(PROMPTS)
+    assert scores.std() > 0.1
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bloom", "glm", "gpt2", "mistral-window"])
+def test_plain_equals_one_by_one(family: str) -> None:
+    model = tiny_model(family)
+    expected = torch.stack([reference(model, prompt) for prompt in PROMPTS])
+    scores = LabelScorer(model, ANSWERS, pad_id=3, tree=False).score(PROMPTS)
+    torch.testing.assert_close(scores, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_probabilities_do_not_depend_on_batch_or_order(tree: bool) -> None:
+    scorer = LabelScorer(tiny_model("glm"), ANSWERS, pad_id=3, tree=tree)
+    together = probabilities(scorer.score(PROMPTS).numpy())
+    alone = np.concatenate([probabilities(scorer.score([prompt]).numpy()) for prompt in PROMPTS])
+    backwards = probabilities(scorer.score(PROMPTS[::-1]).numpy())[::-1]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, backwards, atol=1e-5)
+
+
+def test_the_pad_token_does_not_matter() -> None:
+    model = tiny_model("glm")
+    one, other = (LabelScorer(model, ANSWERS, pad_id=pad).score(PROMPTS) for pad in (3, 99))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_eager_attention_gives_the_same() -> None:
+    model = tiny_model("glm")
+    before = LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS), before, atol=1e-5, rtol=0)
+
+
+def test_the_whole_answer_counts_so_1_does_not_always_beat_10() -> None:
+    one, zero, prompt = 41, 40, 9
+    model = Bigrams({prompt: {one: 0.9, zero: 0.1}, one: {zero: 0.8, END: 0.2}, zero: {END: 1.0}})
+    scores = LabelScorer(model, [[[one, END]], [[one, zero, END]], [[zero, END]]], pad_id=3).score([[prompt]])
+    torch.testing.assert_close(scores.exp(), torch.tensor([[0.18, 0.72, 0.1]]), atol=1e-4, rtol=0)
+
+
+def test_words_of_a_label_add_up() -> None:
+    model = Bigrams({9: {50: 0.3, 51: 0.3, 52: 0.4}, 50: {END: 1.0}, 51: {END: 1.0}, 52: {END: 1.0}})
+    scores = LabelScorer(model, [[[50, END], [51, END]], [[52, END]]], pad_id=3).score([[9]])
+    torch.testing.assert_close(scores.exp(), torch.tensor([[0.6, 0.4]]), atol=1e-3, rtol=0)
+
+
+def test_answers_share_their_beginnings_and_never_read_their_end() -> None:
+    tree = AnswerTree.build(ANSWERS)
+    assert tree.tokens == [17, 40, 41, 40, 50, 51, 52]
+    assert tree.ancestors == [[0], [0, 1], [0, 2], [0, 2, 3], [4], [5], [5, 6]]
+    assert tree.paths[1] == [[(0, 17), (1, 41), (3, END)]]
+
+
+def test_families_with_a_window_or_unknown_ones_take_the_plain_way() -> None:
+    assert allows_tree(tiny_config("glm")) and allows_tree(tiny_config("mistral"))
+    assert not allows_tree(tiny_config("mistral-window")) and not allows_tree(tiny_config("bloom"))
+
+
+def test_bf16_stays_near_fp32() -> None:
+    model = tiny_model("glm")
+    exact = probabilities(LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS).numpy())
+    half = probabilities(LabelScorer(model.bfloat16(), ANSWERS, pad_id=3).score(PROMPTS).numpy())
+    np.testing.assert_allclose(half, exact, atol=0.15)
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    model = tiny_model("glm")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ArtifactError, match="not numbers"):
+        LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS)
+
+
+def test_plan_counts_the_answer_tree() -> None:
+    scorer = LabelScorer(tiny_model("glm"), ANSWERS, pad_id=3)
+    assert scorer.plan([10, 10], 2 * (10 + 7)) == [[0, 1]]
+    assert scorer.plan([10, 10], 2 * (10 + 7) - 1) == [[0], [1]]

@@ -1,0 +1,135 @@
+"""The loss and its gradients, micro-batches, weights, the order of rows."""
+
+import pytest
+import torch
+from conftest import Bigrams, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_clf.config import LoraSettings, TrainSettings
+from llm_clf.engine.scoring import forward_arguments
+from llm_clf.engine.training import (
+    TrainingExample,
+    _evaluation_steps,
+    _require_finite,
+    _rows_of_step,
+    answer_loss,
+    row_weights,
+)
+from llm_clf.errors import ConfigError, TrainingError
+from llm_clf.models.adapters import adapter_state, new_adapter, trainable
+
+END = 0
+EXAMPLES = [
+    TrainingExample([9, 8, 7, 6, 5], [17, 40, END], 1.0),
+    TrainingExample([33, 34], [50, END], 1.0),
+    TrainingExample([60, 61, 62, 63, 64, 65, 66, 67], [17, 41, 40, END], 2.0),
+]
+
+
+def adapted(dropout: float = 0.0) -> torch.nn.Module:
+    """Return a tiny base with an adapter whose B is not zero, so that every weight gets a gradient."""
+    model = new_adapter(tiny_model("glm").requires_grad_(False), LoraSettings(dropout=dropout), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def reference_loss(model: torch.nn.Module) -> torch.Tensor:
+    """Return the loss by its definition: one row at a time, no padding, log-softmax over everything."""
+    total = torch.zeros(())
+    for example in EXAMPLES:
+        log_probs = model(input_ids=torch.tensor([[*example.ids, *example.answer]])).logits[0].log_softmax(dim=-1)
+        for place, token in enumerate(example.answer):
+            total = total - example.weight * log_probs[len(example.ids) - 1 + place, token]
+    return total
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in trainable(model)]
+
+
+def test_loss_and_gradients_equal_the_definition() -> None:
+    model = adapted()
+    expected = reference_loss(model)
+    batched = answer_loss(model, EXAMPLES, 3, forward_arguments(model))
+    torch.testing.assert_close(batched, expected, atol=1e-4, rtol=1e-5)
+    pairs = zip(gradients(model, batched), gradients(model, reference_loss(model)), strict=True)
+    for ours, theirs in pairs:
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-4)
+
+
+def test_only_the_answer_counts() -> None:
+    """A model that is right in the answer and wrong everywhere else has nothing to learn; the reverse has."""
+    sure = {6: {17: 1.0}, 17: {END: 1.0}}
+    right = Bigrams(sure)
+    assert answer_loss(right, [TrainingExample([9, 5, 6], [17, END], 1.0)], 3, frozenset()).item() < 1e-4
+    wrong = Bigrams({9: {5: 1.0}, 5: {6: 1.0}, 6: {18: 1.0}, 17: {18: 1.0}})
+    assert answer_loss(wrong, [TrainingExample([9, 5, 6], [17, END], 1.0)], 3, frozenset()).item() > 30
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(3)), st.integers(0, 3))
+def test_cutting_a_step_into_micro_batches_changes_nothing(order: list[int], cut: int) -> None:
+    model = adapted()
+    whole = answer_loss(model, EXAMPLES, 3, forward_arguments(model))
+    parts = [[EXAMPLES[i] for i in order[:cut]], [EXAMPLES[i] for i in order[cut:]]]
+    summed = sum(answer_loss(model, part, 3, forward_arguments(model)) for part in parts if part)
+    for ours, theirs in zip(gradients(model, summed), gradients(model, whole), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-4)
+
+
+def test_fresh_adapter_changes_nothing_and_depends_on_the_seed() -> None:
+    base, ids = tiny_model("glm").requires_grad_(False), torch.tensor([[5, 6, 7]])
+    before = base(input_ids=ids).logits
+    model = new_adapter(base, LoraSettings(), seed=1).eval()
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+    again, other = (new_adapter(tiny_model("glm"), LoraSettings(), seed=seed) for seed in (1, 2))
+    first = adapter_state(model)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in adapter_state(again).items())
+    assert not all(torch.equal(tensor, first[name]) for name, tensor in adapter_state(other).items())
+
+
+def test_adapter_goes_on_all_linear_layers_but_the_head() -> None:
+    names = {name.split(".")[-3] for name in adapter_state(new_adapter(tiny_model("glm"), LoraSettings(), seed=1))}
+    names |= {name.split(".")[-2] for name in adapter_state(new_adapter(tiny_model("glm"), LoraSettings(), seed=1))}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"} <= names
+    assert "lm_head" not in names
+
+
+def test_unknown_target_modules_are_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"linear layers are .*gate_up_proj.*q_proj"):
+        new_adapter(tiny_model("glm"), LoraSettings(target_modules=["query_key_value"]), seed=1)
+
+
+def test_row_weights() -> None:
+    labels = ["0", "0", "0", "1"]
+    assert row_weights(labels, None) == [1.0] * 4
+    assert row_weights(labels, "balanced") == pytest.approx([4 / 6] * 3 + [2.0])
+    assert row_weights(labels, {"1": 3.0}) == [1.0, 1.0, 1.0, 3.0]
+
+
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
+    settings = TrainSettings(batch_size=4, seed=7)
+    epochs = [[row for step in range(3) for row in _rows_of_step(epoch * 3 + step, 10, settings)] for epoch in range(2)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert _rows_of_step(0, 10, settings) != _rows_of_step(0, 10, TrainSettings(batch_size=4, seed=8))
+
+
+def test_evaluations_fall_at_epochs_and_at_the_end() -> None:
+    assert _evaluation_steps(10, 30, 1.0) == {10, 20, 30}
+    assert _evaluation_steps(10, 30, 0.5) == {5, 10, 15, 20, 25, 30}
+    assert _evaluation_steps(10, 30, 2.0) == {20, 30}
+    assert _evaluation_steps(1, 3, 0.1) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
+def test_loss_that_is_no_number_stops_with_advice(loss: float, norm: float) -> None:
+    with pytest.raises(TrainingError, match=r"Step 4: .* Lower train.learning_rate \(now 0.0002\)"):
+        _require_finite(loss, norm, 3, TrainSettings(), scaled=False)
