@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_clf.commands.build_prompts import build_prompts
+    from llm_clf.commands.chat import chat
+    from llm_clf.commands.doctor import doctor
     from llm_clf.commands.evaluate import evaluate
     from llm_clf.commands.finetune import finetune
     from llm_clf.commands.predict import predict
     from llm_clf.errors import LlmClfError
 
-__all__ = ["LlmClfError", "build_prompts", "evaluate", "finetune", "predict"]
+__all__ = ["LlmClfError", "build_prompts", "chat", "doctor", "evaluate", "finetune", "predict"]
 __version__ = "0.1.0"
 
 _HOMES = {"LlmClfError": "llm_clf.errors"}

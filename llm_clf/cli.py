@@ -12,7 +12,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="llm-clf",
-    help="Turn a large language model into a text classifier with LoRA: build-prompts, finetune, predict, evaluate.",
+    help="Turn a large language model into a text classifier with LoRA.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -143,6 +143,24 @@ def chat(
     from llm_clf.commands import chat as command
 
     command.chat(source, model=model, task=task, once=once)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(metavar="BASE", help="Estimate the memory that this base needs.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Prompts whose lengths the estimate takes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what this machine can run: devices, number types, memory, disk, versions. Fit for a bug report.
+
+    Example: `llm-clf doctor --model glm-nano --data output/prompts`
+    """
+    import json
+
+    from llm_clf.commands import doctor as command
+
+    facts = command.doctor(model=model, data=data)
+    print(json.dumps(facts, indent=2) if as_json else command.doctor_text(facts))
 
 
 def main() -> None:

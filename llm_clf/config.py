@@ -81,7 +81,7 @@ class TrainSettings(Section):
     """Stop after so many evaluations without a better one; 0 never stops early."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the adapter's initial weights, of dropout and of the order of rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -160,7 +160,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: settings cannot be read: {error}. Give --config a YAML file.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: is not YAML: {error}") from error
     if not isinstance(tree, dict | None):
         raise ConfigError(
@@ -176,7 +176,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"--set {override!r}: expected SECTION.KEY=VALUE, such as lora.r=16.")
     try:
         return {section: {name: yaml.safe_load(text)}}
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 

@@ -1,15 +1,17 @@
 """Places on disk: a result takes its name only when it is complete."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from llm_clf.errors import ArtifactError, ConfigError, DataError
 
@@ -20,13 +22,92 @@ def partial_name(place: Path) -> Path:
 
 
 def require_free(place: Path, *, overwrite: bool, what: str) -> None:
-    """Refuse a place that is taken.
+    """Refuse a place that is taken, or that no result can take.
 
     Raises:
-        ConfigError: `place` exists and `overwrite` is false.
+        ConfigError: `place` exists and `overwrite` is false, or it has no name of its own (`.`, `..`, `/`).
     """
-    if place.exists() and not overwrite:
+    if place.name in ("", ".."):
+        raise ConfigError(f"--out {str(place)!r}: has no name of its own. Give one, such as output/NAME.")
+    try:
+        taken = place.exists()
+    except OSError as error:
+        raise ConfigError(f"--out {place}: cannot be a name here: {error.strerror}. Give another one.") from error
+    if taken and not overwrite:
         raise ConfigError(f"{place}: {what} is already there. Give another --out, or --overwrite to replace it.")
+
+
+def require_apart(place: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a result that would replace what it is made from, or be put among it.
+
+    Raises:
+        ConfigError: `place` is one of the inputs, holds one, or lies in one.
+    """
+    out = Path(os.path.realpath(place))
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        found = "is" if out == source else "holds" if out in source.parents else "lies in"
+        if found != "lies in" or source in out.parents:
+            raise ConfigError(
+                f"--out {place}: {found} the input {given}, and a result stands apart from what it is made from. "
+                "Give another --out."
+            )
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Keep `place` for this command alone; folders made for it go again where nothing was put into them.
+
+    The lock is the operating system's: one that a killed process left holds nobody up.
+
+    Raises:
+        ConfigError: Another command is making the same result.
+        DataError: The folder cannot be written.
+    """
+    missing = [folder for folder in place.parents if not folder.exists()]
+    file = place.with_name(f".{place.name}.lock")
+    lock = FileLock(file)
+    try:
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise ConfigError(
+                    f"{place}: another command is writing it now. Wait until that one has ended, or give another --out."
+                ) from error
+        try:
+            yield
+        finally:
+            # Removed while it is held: whoever opened it meanwhile sees that it is gone, and makes a new one.
+            with suppress(OSError):
+                file.unlink()
+            lock.release()
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def writing(place: Path, then: str = "") -> Iterator[None]:
+    """Turn what the system refuses while `place` is written into a message; `then` is what else can be done.
+
+    Raises:
+        DataError: The folder cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(place, error, then) from error
+
+
+def cannot_write(place: Path, error: Exception, then: str = "") -> DataError:
+    """Return the message for a result that could not be written."""
+    found = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "Make room on the disk" if full else "See to room and rights there"
+    return DataError(f"{place}: cannot be written: {found}. {advice}, or give another --out.{then and ' ' + then}")
 
 
 @contextmanager
@@ -44,7 +125,7 @@ def replacing(place: Path) -> Iterator[Path]:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise DataError(f"{place}: cannot be written: {error.strerror or error}.") from error
+        raise cannot_write(place, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -83,7 +164,7 @@ def read_json(file: Path) -> Any:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file}: cannot be read: {error}.") from error
 
 

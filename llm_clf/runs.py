@@ -1,5 +1,7 @@
 """The run folder: what training leaves, and all that prediction needs."""
 
+import hashlib
+import json
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -8,12 +10,13 @@ from typing import Any
 
 from llm_clf.config import Settings, load_settings, settings_to_dict
 from llm_clf.errors import ArtifactError, LlmClfError
-from llm_clf.files import partial_name, read_json, write_json, write_yaml
+from llm_clf.files import file_hash, partial_name, read_json, write_json, write_yaml
 from llm_clf.prompting.tasks import Task, load_task
 
 FORMAT = 1
 ADAPTER, TASK, CONFIG, RUN, METRICS = "adapter", "task.yaml", "config.yaml", "run.json", "metrics.json"
 VALID_PREDICTIONS, LOG, CHECKPOINTS = "predictions-valid.parquet", "log", "checkpoints"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PACKAGES = ("llm-clf", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -64,13 +67,47 @@ def load_run(folder: Path) -> Run:
         raise ArtifactError(
             f"{folder}: was written by a newer llm-clf (format {facts['format']}, this one reads {FORMAT}). Upgrade."
         )
-    for name in (TASK, CONFIG, ADAPTER):
+    if not all(isinstance(facts.get(key), dict) for key in ("base", "adapter")):
+        raise ArtifactError(
+            f"{folder / RUN}: does not tell base and adapter, so finetune did not write it. Train again."
+        )
+    for name in (TASK, CONFIG, f"{ADAPTER}/{ADAPTER_WEIGHTS}"):
         if not (folder / name).exists():
             raise ArtifactError(f"{folder}: {name} is missing from the run. Copy the whole folder, or train again.")
     try:
-        return Run(folder, load_task(folder / TASK), load_settings([folder / CONFIG]), facts)
+        run = Run(folder, load_task(folder / TASK), load_settings([folder / CONFIG]), facts)
     except LlmClfError as error:
         raise ArtifactError(f"{folder}: the run is damaged. {error}") from error
+    _require_unchanged(run)
+    return run
+
+
+def task_facts(task: Task) -> dict[str, Any]:
+    """Return what run.json records of a task: its labels, and a hash of all that it says."""
+    text = json.dumps(task.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return {"labels": list(task.names), "hash": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _require_unchanged(run: Run) -> None:
+    """Refuse a run whose task or adapter is not the one that was trained."""
+    trained, now = run.facts.get("task"), task_facts(run.task)
+    # Runs of version 0.1 say nothing of their task.
+    if isinstance(trained, dict) and trained != now:
+        found = "its instruction, template or words differ"
+        if trained.get("labels") != now["labels"]:
+            found = (
+                f"its labels are {', '.join(now['labels'])}, then {', '.join(map(str, trained.get('labels') or ()))}"
+            )
+        raise ArtifactError(
+            f"{run.folder / TASK}: is not the task that the run was trained on: {found}. Put the former file back, or "
+            "train again."
+        )
+    weights = run.adapter / ADAPTER_WEIGHTS
+    if file_hash(weights) != run.facts["adapter"].get("hash"):
+        raise ArtifactError(
+            f"{weights}: has changed since the training that run.json tells of. Copy the whole run again, or train "
+            "again; an adapter of your own is used with --task and --model, as a folder without run.json."
+        )
 
 
 def _why_no_run(folder: Path) -> str:

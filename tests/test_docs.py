@@ -49,7 +49,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("command", ["build-prompts", "finetune", "predict", "evaluate"])
+@pytest.mark.parametrize("command", ["build-prompts", "finetune", "predict", "evaluate", "chat", "doctor"])
 def test_help_of_every_command_has_an_example(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
     assert f"llm-clf {command} " in shown.output

@@ -17,6 +17,7 @@ from llm_clf.models.bases import SHIPPED
 from llm_clf.models.memory import (
     MODES,
     RETAINED_BYTES,
+    RUNNABLE,
     RUNTIME_BYTES,
     AdapterShape,
     BaseShape,
@@ -292,12 +293,12 @@ def test_estimate_without_rows_takes_the_longest_allowed(base: Path) -> None:
     facts = doctor(model=str(base))
     found = facts["estimate"]
     assert json.loads(json.dumps(facts)) == facts
-    assert found["is_estimate"] and list(found["modes"]) == list(MODES) and found["parameters"] == PARAMETERS
+    assert found["is_estimate"] and list(found["modes"]) == list(RUNNABLE) and found["parameters"] == PARAMETERS
     assert found["adapter_parameters"] == ADAPTER
     assert found["rows"]["measured"] is False and found["rows"]["longest_tokens"] == 512
     text = doctor_text(facts)
     assert "ESTIMATES" in text and "every row is taken to be 512 tokens long" in text
-    for mode in MODES:
+    for mode in RUNNABLE:
         sizes = found["modes"][mode]
         assert sizes["fits"] == (sizes["peak_bytes"] <= found["free_bytes"])
         line = next(line for line in text.splitlines() if line.startswith(f"{mode} "))

@@ -1,5 +1,6 @@
 """Rows to a prompts folder: train, valid and test, without duplicates and with a report."""
 
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,11 @@ from statistics import mean, median
 from typing import Any
 
 from llm_clf.console import say, table
-from llm_clf.errors import ConfigError, DataError
-from llm_clf.files import partial_name, replace_folder, require_free, write_json
+from llm_clf.errors import ConfigError, DataError, LlmClfError
+from llm_clf.files import locked, partial_name, replace_folder, require_apart, require_free, write_json, writing
 from llm_clf.prompting.duplicates import Duplicates, find_duplicates, normal_text, text_key
 from llm_clf.prompting.prompts import SPLITS, Prompt, prompt_line, read_prompts
-from llm_clf.prompting.rows import rewindable
+from llm_clf.prompting.rows import STDIN, rewindable
 from llm_clf.prompting.splits import parse_shares, split_keys
 from llm_clf.prompting.tasks import Task, load_task
 
@@ -38,12 +39,19 @@ def build_prompts(
         LlmClfError: Rows, task or arguments are wrong; nothing is written then.
     """
     folder, shares, used = Path(out), parse_shares(split), load_task(task)
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: is negative; allowed are whole numbers from 0, such as 42.")
     require_free(folder, overwrite=overwrite, what="something")
+    require_apart(folder, [Path(file) for file in _listed(rows) if str(file) != STDIN])
     if folder.exists() and not _is_prompts(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is no prompts folder, so --overwrite leaves it alone. Give another --out.")
 
-    with rewindable(rows) as files:
+    with rewindable(rows) as files, locked(folder):
         return _build(files, used, folder, shares, seed, encoding)
+
+
+def _listed(rows: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [rows] if isinstance(rows, str | Path) else rows
 
 
 def _is_prompts(folder: Path) -> bool:
@@ -65,14 +73,16 @@ def _build(
 
     unfinished = partial_name(folder)
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror or error}.") from error
-    counts, lengths = _write_splits(unfinished, files, used, encoding, same, assigned)
-    used.save(unfinished / "task.yaml")
-    report = _report(files, same, counts, lengths, used, shares, seed)
-    write_json(unfinished / "report.json", report)
-    replace_folder(unfinished, folder)
+        with writing(folder):
+            unfinished.mkdir(exist_ok=True)
+            counts, lengths = _write_splits(unfinished, files, used, encoding, same, assigned)
+            used.save(unfinished / "task.yaml")
+            report = _report(files, same, counts, lengths, used, shares, seed)
+            write_json(unfinished / "report.json", report)
+            replace_folder(unfinished, folder)
+    except LlmClfError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     _show(report, folder)
     return report
 

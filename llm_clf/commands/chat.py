@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from llm_clf.chat import Conversation, Write, converse
+from llm_clf.conversation import Conversation, Write, converse
 from llm_clf.commands.predict import find_source
 from llm_clf.config import DEFAULT_BASE, load_settings
 from llm_clf.console import say

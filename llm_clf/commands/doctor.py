@@ -211,7 +211,7 @@ def _estimate(
     """Return the estimated memory of a training in every mode, and whether it fits into what is free now."""
     from llm_clf.models.adapters import new_adapter
     from llm_clf.models.devices import choose_device
-    from llm_clf.models.memory import MODES, adapter_shape, base_shape, empty_model, estimate, largest_micro_batch
+    from llm_clf.models.memory import RUNNABLE, adapter_shape, base_shape, empty_model, estimate, largest_micro_batch
 
     name, train = settings.model.name, settings.train
     # Broken rows show before anything of the base is read.
@@ -230,7 +230,7 @@ def _estimate(
     device = choose_device().type
     free = cuda["cards"][0]["free_bytes"] if device == "cuda" else memory["available_bytes"]
     modes = {}
-    for mode in MODES:
+    for mode in RUNNABLE:
         found = estimate(
             mode,
             base,

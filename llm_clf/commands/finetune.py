@@ -12,10 +12,20 @@ from typing import Any
 
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
 from llm_clf.console import say
-from llm_clf.errors import ConfigError, DataError
+from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
 from llm_clf.evaluation.tables import metrics_text
-from llm_clf.files import file_hash, partial_name, read_json, replace_folder, require_free, write_json
+from llm_clf.files import (
+    file_hash,
+    locked,
+    partial_name,
+    read_json,
+    replace_folder,
+    require_apart,
+    require_free,
+    write_json,
+    writing,
+)
 from llm_clf.prompting.prompts import SPLITS, Prompt, read_split
 from llm_clf.prompting.tasks import Task, load_task
 from llm_clf.runs import (
@@ -29,6 +39,7 @@ from llm_clf.runs import (
     package_versions,
     save_facts,
     save_inputs,
+    task_facts,
 )
 
 INPUTS = "inputs.json"
@@ -76,16 +87,25 @@ def finetune(
     Raises:
         LlmClfError: Settings, prompts or base are wrong, or the loss is not a number.
     """
-    place, unfinished = Path(out), partial_name(Path(out))
+    place = Path(out)
     if resume and is_run(place):
         say(f"{place} is finished; nothing to do.")
         return dict(read_json(place / METRICS)) if (place / METRICS).is_file() else {}
-    _check_place(place, unfinished, resume=resume, overwrite=overwrite)
+    _check_place(place, overwrite=overwrite)
     settings = resolve_settings(model, config, set)
+    base = Path(settings.model.name).expanduser()
+    require_apart(place, [Path(data), *([base] if base.is_dir() else [])])
     prompts = _read_data(Path(data))
     _check_settings(settings, prompts)
-    metrics = _train_run(settings, prompts, unfinished, resume=resume)
-    replace_folder(unfinished, place)
+    with locked(place):
+        unfinished = partial_name(place)
+        if unfinished.exists() and not (resume or overwrite):
+            raise ConfigError(
+                f"{unfinished}: an interrupted training left this. --resume goes on with it, --overwrite starts anew."
+            )
+        with writing(unfinished, "Then --resume goes on from the last checkpoint."):
+            metrics = _train_run(settings, prompts, unfinished, resume=resume)
+            replace_folder(unfinished, place)
     say(f"The run is in {place}.")
     return metrics
 
@@ -110,16 +130,10 @@ def shipped_recipe() -> Path:
     return next(place for place in places if place.is_dir()) / f"{DEFAULT_BASE}.yaml"
 
 
-def _check_place(place: Path, unfinished: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_place(place: Path, *, overwrite: bool) -> None:
     require_free(place, overwrite=overwrite, what="something")
     if place.exists() and not is_run(place) and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{place}: is no run, so --overwrite leaves it alone. Give another --out.")
-    if unfinished.exists() and not resume:
-        if not overwrite:
-            raise ConfigError(
-                f"{unfinished}: an interrupted training left this. --resume goes on with it, --overwrite starts anew."
-            )
-        shutil.rmtree(unfinished)
 
 
 def _read_data(folder: Path) -> _Data:
@@ -160,6 +174,7 @@ def _check_settings(settings: Settings, data: _Data) -> None:
 
 def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> dict[str, Any]:
     """Fill the unfinished run folder; return the validation metrics."""
+    from llm_clf.engine.training import has_checkpoint
     from llm_clf.models.bases import base_identity, quiet_libraries
     from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
 
@@ -172,12 +187,19 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     _claim(folder, settings, data, base, resume=resume)
     say(f"Base {settings.model.name} in {dtype} on {describe(device)}.")
 
-    trained = _fit(settings, data, folder, device)
+    try:
+        trained = _fit(settings, data, folder, device)
+    except LlmClfError:
+        # Where nothing was learned yet, there is nothing to go on with.
+        if not has_checkpoint(folder / CHECKPOINTS):
+            shutil.rmtree(folder)
+        raise
     metrics = _score_validation(settings, data, folder)
     facts = {
         "kind": "lora",
         "name": folder.name.removesuffix(".partial"),
         "base": base,
+        "task": task_facts(data.task),
         **trained,
         "prompts": data.hashes,
         "seed": settings.train.seed,
@@ -269,7 +291,9 @@ def _claim(folder: Path, settings: Settings, data: _Data, base: dict[str, Any], 
     inputs = {"settings": settings_to_dict(settings), "prompts": data.hashes, "base": base}
     if resume and (folder / INPUTS).is_file():
         former = read_json(folder / INPUTS)
-        changed = [name for name in ("prompts", "base") if former[name] != inputs[name]]
+        if not (isinstance(former, dict) and isinstance(former.get("settings"), dict)):
+            raise ArtifactError(f"{folder / INPUTS}: is not what finetune writes. Give --overwrite to start anew.")
+        changed = [name for name in ("prompts", "base") if former.get(name) != inputs[name]]
         changed += [
             f"{section}.{key} (then {former['settings'].get(section, {}).get(key)!r}, now {value!r})"
             for section, values in inputs["settings"].items()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,9 +24,9 @@ from llm_clf.decisions.predictions import (
     write_predictions,
 )
 from llm_clf.errors import ConfigError, DataError
-from llm_clf.files import file_hash, partial_name, require_free
+from llm_clf.files import file_hash, locked, partial_name, require_apart, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
-from llm_clf.prompting.rows import rewindable
+from llm_clf.prompting.rows import STDIN, rewindable
 from llm_clf.prompting.tasks import Task, load_task
 from llm_clf.runs import Run, is_run, load_run
 
@@ -92,26 +93,40 @@ def predict(
         columns = [name.strip() for name in columns.split(",")]
     place = Path(out)
     check_format(place)
-    unfinished = None if str(out) == STDOUT else partial_name(place)
-    if unfinished is None and resume:
-        raise ConfigError("--resume: standard output cannot be resumed; give --out a file.")
-    if resume and place.exists():
+    given = [rows] if isinstance(rows, str | Path) else rows
+    unfinished = _unfinished(place, [run, *given], resume=resume, overwrite=overwrite)
+    if unfinished is not None and resume and place.exists():
         say(f"{place} is finished; nothing to do.")
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         return {}
-    if unfinished is not None:
-        require_free(place, overwrite=overwrite, what="a file")
-        if unfinished.exists() and not (resume or overwrite):
+    with locked(place) if unfinished is not None else nullcontext():
+        if unfinished is not None and unfinished.exists() and not (resume or overwrite):
             raise ConfigError(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
-    source = find_source(Path(run), task, model)
-    with rewindable(rows) as files:
-        prompts = _FilePrompts(files, source.task, encoding)
-        return predict_prompts(
-            source, prompts, place, decode=decode, columns=columns, journal=unfinished, resume=resume
-        )
+        source = find_source(Path(run), task, model)
+        with rewindable(rows) as files:
+            prompts = _FilePrompts(files, source.task, encoding)
+            return predict_prompts(
+                source, prompts, place, decode=decode, columns=columns, journal=unfinished, resume=resume
+            )
+
+
+def _unfinished(place: Path, inputs: Sequence[str | Path], *, resume: bool, overwrite: bool) -> Path | None:
+    """Return where the scores stand until all are there, None for standard output; refuse a place that cannot be.
+
+    Raises:
+        ConfigError: The place is taken, a folder, or one of the inputs; or standard output is to be resumed.
+    """
+    if str(place) == STDOUT:
+        if resume:
+            raise ConfigError("--resume: standard output cannot be resumed; give --out a file.")
+        return None
+    require_free(place, overwrite=overwrite or resume, what="a file")
+    if place.is_dir():
+        raise ConfigError(f"{place}: is a folder; give --out a file of its own.")
+    require_apart(place, [Path(given) for given in inputs if str(given) != STDIN])
+    return partial_name(place)
 
 
 def find_source(folder: Path, task: str | Path | None, model: str | None) -> Source:
@@ -157,7 +172,7 @@ def predict_prompts(
     """
     survey = _survey(prompts)
     if survey.rows == 0:
-        raise DataError("There are no rows to predict.")
+        raise DataError("ROWS: there is no row below the names of the columns, so nothing to predict. Give some rows.")
     names = source.task.names
     chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns)
 

@@ -1,17 +1,19 @@
 """The LoRA training loop: answer-only loss, evaluation, best checkpoint, and a state that survives a kill."""
 
-import json
 import math
+import pickle
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -19,8 +21,8 @@ from llm_clf.config import TrainSettings
 from llm_clf.console import progress, say
 from llm_clf.engine.batches import pad_left, plan_batches
 from llm_clf.engine.scoring import forward_arguments, last_logits
-from llm_clf.errors import TrainingError
-from llm_clf.files import replace_folder, write_json
+from llm_clf.errors import ArtifactError, TrainingError
+from llm_clf.files import cannot_write, read_json, replace_folder, write_json
 from llm_clf.models.adapters import adapter_state, load_adapter_state, trainable
 
 IGNORED = -100
@@ -86,6 +88,8 @@ def train(
         folder: Where checkpoints go.
 
     Raises:
+        ArtifactError: The checkpoint that is there is damaged.
+        DataError: A checkpoint cannot be written.
         TrainingError: The loss or the gradient is not a number.
     """
     per_epoch = math.ceil(len(examples) / settings.batch_size)
@@ -124,7 +128,8 @@ def train(
                 _checkpoint(folder, model, state, accelerator)
                 saved = time.monotonic()
     if state.best_step is not None:
-        load_adapter_state(model, load_file(folder / f"best-{state.best_step}.safetensors"))
+        with _reading(folder):
+            load_adapter_state(model, load_file(folder / f"best-{state.best_step}.safetensors"))
     model.eval()
     return state
 
@@ -201,6 +206,7 @@ def _rows_of_step(step: int, rows: int, settings: TrainSettings) -> list[int]:
 
 
 def _evaluation_steps(per_epoch: int, total: int, every: float) -> set[int]:
+    every = max(every, 1 / per_epoch)
     count = math.floor(total / (per_epoch * every) + 1e-9)
     return {max(1, round(per_epoch * every * number)) for number in range(1, count + 1)} | {total}
 
@@ -240,7 +246,8 @@ def _evaluate(
         + (" (best)" if better else "")
     )
     if better:
-        save_file(adapter_state(model), folder / f"best-{state.step}.safetensors")
+        with _writing(folder):
+            save_file(adapter_state(model), folder / f"best-{state.step}.safetensors")
         state.best, state.best_step, state.since_best = value, state.step, 0
     else:
         state.since_best += 1
@@ -253,8 +260,9 @@ def _checkpoint(folder: Path, model: Any, state: Progress, accelerator: Accelera
     """Write all that training needs to go on; the former checkpoint stays until the new one is whole."""
     unfinished = folder / "last.writing"
     shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.save_state(str(unfinished))
-    save_file(adapter_state(model), unfinished / "adapter.safetensors")
+    with _writing(folder):
+        accelerator.save_state(str(unfinished))
+        save_file(adapter_state(model), unfinished / "adapter.safetensors")
     write_json(unfinished / "progress.json", asdict(state))
     replace_folder(unfinished, folder / "last")
     for stale in folder.glob("best-*.safetensors"):
@@ -264,12 +272,51 @@ def _checkpoint(folder: Path, model: Any, state: Progress, accelerator: Accelera
 
 def _restore(folder: Path, model: Any, accelerator: Accelerator) -> Progress:
     """Return where training stood at the last checkpoint, with model, optimiser and random state as they were."""
-    # A kill between the two renames of replace_folder leaves the former checkpoint under its other name.
-    places = [place for place in (folder / "last", folder / ".last.old") if (place / "progress.json").is_file()]
+    places = _checkpoints(folder)
     if not places:
         return Progress()
-    state = Progress(**json.loads((places[0] / "progress.json").read_text(encoding="utf-8")))
-    load_adapter_state(model, load_file(places[0] / "adapter.safetensors"))
-    accelerator.load_state(str(places[0]))
+    with _reading(places[0]):
+        state = Progress(**read_json(places[0] / "progress.json"))
+        load_adapter_state(model, load_file(places[0] / "adapter.safetensors"))
+        accelerator.load_state(str(places[0]))
     say(f"Going on from step {state.step}.")
     return state
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a training that was interrupted can go on from here."""
+    return bool(_checkpoints(folder))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    # A kill between the two renames of replace_folder leaves the former checkpoint under its other name.
+    return [place for place in (folder / "last", folder / ".last.old") if (place / "progress.json").is_file()]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise where the disk is full into one error."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise cannot_write(folder, error, "Then --resume goes on from the last checkpoint.") from error
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise over damaged files into one error."""
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(
+            f"{folder}: the checkpoint is damaged: {reason}. Give --overwrite to start the training anew."
+        ) from error

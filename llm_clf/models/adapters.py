@@ -1,6 +1,7 @@
 """LoRA adapters through PEFT: make one, attach a saved one, take its weights out and put them back."""
 
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from llm_clf.config import LoraSettings
 from llm_clf.errors import ArtifactError, ConfigError
 from llm_clf.files import read_json
 
+ALL_LINEAR = "all-linear"
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -33,7 +35,7 @@ def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
+        target_modules=_linear_names(model) if settings.target_modules == ALL_LINEAR else settings.target_modules,
         exclude_modules=settings.exclude_modules,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
@@ -42,14 +44,27 @@ def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
     try:
         with _without_peft_notices():
             return get_peft_model(model, config)
-    except ValueError as error:
-        layers = sorted(
-            {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        )
+    except (ValueError, re.error) as error:
+        layers = _linear_names(model)
         raise ConfigError(
             f"lora.target_modules {settings.target_modules!r}: {str(error).splitlines()[0]} "
             f"The base's linear layers are {', '.join(layers)}."
         ) from error
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Return the names of the base's linear layers, without the language-model head.
+
+    PEFT's own `all-linear` writes the full name of every layer into the adapter's config; a base with more layers
+    would then take the adapter without a word.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    layers = (
+        name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D) and part is not head
+    )
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def save_adapter(model: Any, folder: Path, *, base: str, tokenizer: Any) -> None:
@@ -78,13 +93,18 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
     if not (folder / CONFIG).is_file():
         raise ArtifactError(f"{folder}: has no {CONFIG}, so it is no adapter.")
     weights = adapter_weights(folder)
-    trained_on = read_json(folder / CONFIG).get("base_model_name_or_path")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ArtifactError(
+            f"{folder / CONFIG}: found {type(config).__name__}, expected what PEFT writes. Copy it again."
+        )
+    trained_on = config.get("base_model_name_or_path")
     this = f"{model.config.name_or_path} (the adapter was trained on {trained_on})"
     _require_same_tokenizer(folder, tokenizer, this)
     try:
         with _without_peft_notices():
             adapted = PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder}: the adapter does not fit the base {this}: {reason}") from error
     # PEFT only warns of weights that find no place, and leaves those that are absent as they were drawn.
@@ -137,10 +157,11 @@ def _require_same_tokenizer(folder: Path, tokenizer: Any, base: str) -> None:
 
 @contextmanager
 def _without_peft_notices() -> Iterator[None]:
-    """Keep quiet what PEFT says of itself: a property's old name, and how it sees GPT-2's transposed layers."""
+    """Keep quiet what PEFT says of itself (a property's old name, GPT-2's transposed layers) or what we refuse."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         yield
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llm_clf.config import DEFAULT_BASE
-from llm_clf.errors import ArtifactError
+from llm_clf.errors import ArtifactError, LlmClfError
 from llm_clf.models.devices import DTYPES
 
 SHIPPED = Path(__file__).resolve().parent / DEFAULT_BASE
@@ -86,7 +86,10 @@ def _loading(name: str, what: str) -> Iterator[None]:
     quiet.setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LlmClfError:
+        raise
+    except Exception as error:
+        # Damaged files come as whatever the library that reads them raises: safetensors, pickle, tokenizers, …
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(
             f"{name}: the {what} cannot be loaded: {reason} "
@@ -147,5 +150,6 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.cextension").setLevel(logging.ERROR)

@@ -14,6 +14,8 @@ from llm_clf.models.bases import _loading, find_base
 
 MODES = ("fp32", "bf16", "fp16", "8bit", "4bit")
 QUANTIZED = ("8bit", "4bit")
+# What finetune can be told to hold the base in.
+RUNNABLE = tuple(mode for mode in MODES if mode not in QUANTIZED)
 # Both quantised modes compute, and keep what they do not quantise, in half precision.
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "8bit": 2, "4bit": 2}
 # Answers are short; without rows a label's word and the end token stand for them.

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_clf.errors import DataError, LabelError
-from llm_clf.prompting.rows import Row, read_rows
+from llm_clf.prompting.rows import Row, read_rows, shorten
 from llm_clf.prompting.tasks import Task
 
 SPLITS = ("train", "valid", "test")
@@ -73,16 +73,11 @@ def _to_prompt(row: Row, number: int, task: Task) -> Prompt:
         missing = [column for column in task.columns if column not in cells]
         if missing:
             raise DataError(
-                f"{row.where}: the task needs the columns {', '.join(map(repr, missing))}; there are {_shorten(cells)}."
+                f"{row.where}: the task needs the columns {', '.join(map(repr, missing))}; there are {shorten(cells)}."
             )
         text, label_column, id_column = task.render(cells), task.label_column, task.id_column or ""
     row_id = cells.get(id_column, "") if id_column else ""
     return Prompt(row_id or str(number), text, task.label_of(cells.get(label_column, "")), cells)
-
-
-def _shorten(names: Iterable[str]) -> str:
-    listed = [repr(name) for name in names]
-    return ", ".join(listed[:30]) + (f" and {len(listed) - 30} more" if len(listed) > 30 else "")
 
 
 def prompt_line(prompt: Prompt, task: Task) -> str:

@@ -4,21 +4,26 @@ import csv
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from llm_clf.errors import DataError
+from llm_clf.errors import DataError, LlmClfError
 
 STDIN = "-"
+STDIN_NAME = "standard input"
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 PARQUET_BATCH = 1024
+PEEKED = 64
+SHOWN = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +51,8 @@ def read_rows(files: Sequence[Path], *, encoding: str = "utf-8") -> Iterator[Row
 
 
 def _read_file(file: Path, encoding: str) -> Iterator[Row]:
-    suffix = _format_of(file)
     try:
+        suffix = _format_of(file)
         if suffix == ".parquet":
             yield from _parquet_rows(file)
             return
@@ -83,6 +88,9 @@ def _format_of(file: Path) -> str:
         raise DataError(f"{file}: there is no such file.")
     if file.is_dir():
         raise DataError(f"{file}: is a folder; give a file that ends in {', '.join(FORMATS)} (or these with .gz).")
+    if not file.is_file():
+        # Rows are read several times, and a pipe gives them once.
+        raise DataError(f"{file}: is a pipe or a device and no file; pipe the rows into standard input (-).")
     suffixes = [suffix.lower() for suffix in file.suffixes]
     gzipped = suffixes[-1:] == [".gz"]
     suffix = (suffixes[-2:-1] if gzipped else suffixes[-1:]) or [""]
@@ -134,11 +142,15 @@ def _csv_text(cell: str) -> str:
 
 
 def _check_header(file: Path, header: Sequence[str]) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1}) if len(set(header)) < len(header) else []
+    repeated = [name for name, times in Counter(header).items() if times > 1]
     if repeated:
-        raise DataError(
-            f"{file}: the header names {', '.join(map(repr, repeated))} more than once. Rename the columns."
-        )
+        raise DataError(f"{file}: the header names {shorten(repeated)} more than once. Rename the columns.")
+
+
+def shorten(names: Iterable[str]) -> str:
+    """Return the first thirty names, quoted, and how many more there are."""
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
 
 
 def _jsonl_rows(file: Path, text: TextIO) -> Iterator[Row]:
@@ -183,8 +195,9 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                 for record in batch.to_pylist():
                     yield _record_row(f"{file}, record {number}", record)
                     number += 1
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{file}: is not a whole Parquet file: {error}.") from error
+        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{file}: is not a whole Parquet file: {reason}. Write it again.") from error
 
 
 def _record_row(where: str, record: Any) -> Row:
@@ -209,16 +222,54 @@ def _cell_text(value: Any) -> str:
 
 @contextmanager
 def rewindable(files: str | Path | Sequence[str | Path]) -> Iterator[list[Path]]:
-    """Yield files that can be read several times: standard input (`-`) is copied into a temporary one."""
+    """Yield files that can be read several times: standard input (`-`) is copied into a temporary one.
+
+    Raises:
+        DataError: A file is given twice, or standard input cannot be copied. What is wrong in the copy is told of
+            standard input.
+    """
     files = [files] if isinstance(files, str | Path) else files
+    _require_each_once(files)
     with tempfile.TemporaryDirectory() as scratch:
-        yield [_spool_stdin(Path(scratch)) if str(file) == STDIN else Path(file) for file in files]
+        spooled = _spool_stdin(Path(scratch)) if STDIN in map(str, files) else None
+        try:
+            yield [spooled if spooled is not None and str(file) == STDIN else Path(file) for file in files]
+        except LlmClfError as error:
+            if spooled is None:
+                raise
+            raise type(error)(str(error).replace(str(spooled), STDIN_NAME)) from error
+
+
+def _require_each_once(files: Sequence[str | Path]) -> None:
+    seen: set[str] = set()
+    for file in files:
+        place = STDIN if str(file) == STDIN else os.path.realpath(file)
+        if place in seen:
+            name = STDIN_NAME if place == STDIN else file
+            raise DataError(f"{name}: is given twice, and its rows would count twice. Give each file of rows once.")
+        seen.add(place)
 
 
 def _spool_stdin(folder: Path) -> Path:
-    """Copy standard input into the folder; its first character tells CSV, JSONL and JSON apart."""
-    first = sys.stdin.buffer.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # type: ignore[union-attr]
-    file = folder / ("stdin" + {b"{": ".jsonl", b"[": ".json"}.get(first, ".csv"))
-    with open(file, "wb") as copy:
-        shutil.copyfileobj(sys.stdin.buffer, copy)
-    return file
+    """Copy standard input into the folder; its first bytes tell gzip, Parquet, JSONL, JSON and CSV apart."""
+    if sys.stdin is None:
+        raise DataError(f"{STDIN_NAME}: is closed. Pipe the rows into it, or give a file instead of -.")
+    copy = folder / "stdin"
+    try:
+        with open(copy, "wb") as opened:
+            shutil.copyfileobj(sys.stdin.buffer, opened)
+    except OSError as error:
+        raise DataError(f"{STDIN_NAME}: cannot be copied to {folder}: {error.strerror or error}.") from error
+    with open(copy, "rb") as opened:
+        head = opened.read(PEEKED)
+    gzipped = head.startswith(b"\x1f\x8b")
+    if gzipped:
+        try:
+            with gzip.open(copy) as unpacked:
+                head = unpacked.read(PEEKED)
+        except (OSError, EOFError, zlib.error):
+            # Reading the rows tells what is wrong with it.
+            head = b""
+    first = head.lstrip(b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n")[:1]
+    suffix = ".parquet" if head.startswith(b"PAR1") else {b"{": ".jsonl", b"[": ".json"}.get(first, ".csv")
+    return copy.rename(copy.with_suffix(suffix + (".gz" if gzipped else "")))

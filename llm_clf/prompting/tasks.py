@@ -171,7 +171,7 @@ def load_task(name: str | Path) -> Task:
     try:
         # Everything in a task is text. BaseLoader keeps it as written: `yes` is no boolean, `01` no number.
         tree = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise TemplateError(f"{file}: is not YAML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"{file}: cannot be read: {error}.") from error
@@ -193,10 +193,12 @@ def shipped_tasks() -> dict[str, Path]:
 
 
 def _find(name: str | Path) -> Path:
-    file = Path(name)
-    if file.is_file():
-        return file
-    shipped = shipped_tasks()
+    file, shipped = Path(name), shipped_tasks()
+    try:
+        if file.is_file():
+            return file
+    except OSError as error:
+        raise TemplateError(f"--task {str(name)[:80]!r}…: cannot be a file: {error.strerror}.") from error
     if str(name) in shipped:
         return shipped[str(name)]
     raise TemplateError(f"--task {str(name)!r}: is no file and no task that ships; these ship: {', '.join(shipped)}.")
