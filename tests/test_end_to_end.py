@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -281,33 +282,79 @@ def test_interrupted_training_resumes_to_the_same_adapter(
     ).read_bytes()
 
 
-@pytest.mark.slow
-def test_training_killed_by_sigkill_resumes_to_the_same_adapter(prompts: Path, base: Path, tmp_path: Path) -> None:
-    words = ["finetune", prompts, "--model", base]
-    words += [word for setting in settings("lora.dropout=0.2", "train.epochs=6") for word in ("--set", setting)]
-    command([*words, "--out", tmp_path / "whole"])
-    run = tmp_path / "killed"
-    started = subprocess.Popen(
-        [sys.executable, "-m", "llm_clf", *map(str, words), "--out", str(run)],
-        stderr=subprocess.DEVNULL,
-        env=environment(),
+def start(words: list[object]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llm_clf", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment()
     )
-    last = partial_name(run) / "checkpoints" / "last" / "progress.json"
-    wait_for(lambda: last.is_file() or started.poll() is not None)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_training_killed_at_random_moments_resumes_to_the_same_adapter(
+    prompts: Path, base: Path, tmp_path: Path
+) -> None:
+    words = ["finetune", prompts, "--model", base]
+    words += [word for setting in settings("lora.dropout=0.2", "train.epochs=40") for word in ("--set", setting)]
+    command([*words, "--out", tmp_path / "whole"])
+    run, moments = tmp_path / "killed", random.Random(11)
+    for _ in range(3):
+        process = start([*words, "--out", run, "--resume"])
+        progress = partial_name(run) / "checkpoints" / "last" / "progress.json"
+        before = progress.stat().st_mtime_ns if progress.is_file() else 0
+        wait_for(
+            lambda before=before, progress=progress, process=process: (
+                (progress.is_file() and progress.stat().st_mtime_ns > before) or process.poll() is not None
+            )
+        )
+        time.sleep(moments.uniform(0, 0.5))
+        kill(process)
     command([*words, "--out", run, "--resume"])
     whole, resumed = adapter(tmp_path / "whole"), adapter(run)
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
+    assert (run / "predictions-valid.parquet").read_bytes() == (
+        tmp_path / "whole" / "predictions-valid.parquet"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_prediction_killed_at_random_moments_resumes_to_the_same_bytes(
+    prompts: Path, base: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    llm_clf.finetune(prompts, out=run, model=str(base), set=settings("train.epochs=1", "predict.batch_tokens=64"))
+    rows = tmp_path / "rows.jsonl"
+    with open(rows, "w", encoding="utf-8") as lines:
+        for number in range(3000):
+            lines.write(
+                json.dumps({"uuid": str(number), "title": f"t{number}", "abstract": "x" * (number % 23)}) + "\n"
+            )
+    llm_clf.predict(run, rows, out=tmp_path / "whole.csv")
+    out, moments = tmp_path / "killed.csv", random.Random(12)
+    journal = partial_name(out)
+    for _ in range(3):
+        process = start(["predict", run, rows, "--out", out, "--resume"])
+        before = journal.stat().st_size if journal.is_file() else 0
+        wait_for(
+            lambda before=before, process=process: (
+                (journal.is_file() and journal.stat().st_size > before + 200) or process.poll() is not None
+            )
+        )
+        time.sleep(moments.uniform(0, 0.3))
+        kill(process)
+        assert not out.exists()
+    command(["predict", run, rows, "--out", out, "--resume"])
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(prompts: Path, base: Path, tmp_path: Path) -> None:
     words = ["finetune", prompts, "--model", base, "--out", tmp_path / "run"]
     words += [word for setting in settings("train.epochs=200") for word in ("--set", setting)]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "llm_clf", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    started = start(words)
     wait_for(lambda: (partial_name(tmp_path / "run") / "checkpoints" / "last").is_dir() or started.poll() is not None)
     started.send_signal(signal.SIGINT)
     _, shown = started.communicate(timeout=60)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_clf.console import say, table
 from llm_clf.errors import ConfigError, DataError, LlmClfError
-from llm_clf.files import locked, partial_name, replace_folder, require_apart, require_free, write_json, writing
+from llm_clf.files import locked, partial_name, path_of, replace_folder, require_apart, require_free, write_json, writing
 from llm_clf.prompting.duplicates import Duplicates, find_duplicates, normal_text, text_key
 from llm_clf.prompting.prompts import SPLITS, Prompt, prompt_line, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
@@ -33,12 +33,12 @@ def build_prompts(
 ) -> dict[str, Any]:
     """Write `{train,valid,test}.jsonl`, `task.yaml` and `report.json` into the folder `out`; return the report.
 
-    Rows are read twice and never held all at once: memory grows by about 300 bytes a row.
+    Rows are read twice and never held all at once: memory grows by about 500 bytes a row.
 
     Raises:
         LlmClfError: Rows, task or arguments are wrong; nothing is written then.
     """
-    folder, shares, used = Path(out), parse_shares(split), load_task(task)
+    folder, shares, used = path_of(out), parse_shares(split), load_task(task)
     if seed < 0:
         raise ConfigError(f"--seed {seed}: is negative; allowed are whole numbers from 0, such as 42.")
     require_free(folder, overwrite=overwrite, what="something")
