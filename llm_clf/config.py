@@ -81,7 +81,7 @@ class TrainSettings(Section):
     """Stop after so many evaluations without a better one; 0 never stops early."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, le=10**9)] = 42
     """Seed of the adapter's initial weights, of dropout and of the order of rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

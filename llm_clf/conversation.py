@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from llm_clf.errors import LlmClfError
-from llm_clf.files import replacing
+from llm_clf.files import path_of, replacing
 
 HELP = """\
 /clear            forget the conversation
@@ -58,21 +57,26 @@ class Conversation:
         }
         if word in ("/exit", "/quit"):
             return False
-        if word in actions:
-            try:
+        try:
+            if word in actions:
                 actions[word](rest.strip())
-            except LlmClfError as error:
-                self._write(f"{error}\n")
-        elif word.startswith("/"):
-            self._write(f"There is no {word}.\n{HELP}\n")
-        else:
-            self.say(text)
+            elif word.startswith("/"):
+                self._write(f"There is no {word}.\n{HELP}\n")
+            else:
+                self.say(text)
+        except LlmClfError as error:
+            self._write(f"{error}\n")
         return True
 
     def say(self, text: str) -> str:
         """Add a turn of the user and return the answer."""
         self.messages.append({"role": "user", "content": text})
-        answer = self._model.answer(self.messages, self._write)
+        try:
+            answer = self._model.answer(self.messages, self._write)
+        except LlmClfError:
+            # A turn that got no answer is forgotten, or the next one would stand in the same trouble.
+            self.messages.pop()
+            raise
         self._write("\n")
         self.messages.append({"role": "assistant", "content": answer})
         return answer
@@ -98,10 +102,11 @@ class Conversation:
             self._write(f"{'>' if label == best else ' '} {label}  {prob:.4f}\n")
 
     def _save(self, name: str) -> None:
-        if not name or Path(name).exists():
+        place = path_of(name)
+        if not name or place.exists():
             self._write(f"{name} is already there; give another name.\n" if name else "Give a file: /save FILE\n")
             return
-        with replacing(Path(name)) as temporary:
+        with replacing(place) as temporary:
             temporary.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         self._write(f"{len(self.messages)} messages are in {name}.\n")
 

@@ -16,6 +16,21 @@ from filelock import FileLock, Timeout
 from llm_clf.errors import ArtifactError, ConfigError, DataError
 
 
+def path_of(name: str | Path) -> Path:
+    """Return a path as it was given, with `~` for the home folder.
+
+    Raises:
+        ConfigError: No file can have this name.
+    """
+    try:
+        place = Path(name).expanduser()
+        place.exists()
+    except (OSError, RuntimeError) as error:
+        found = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{str(name)[:80]!r}: cannot be a file or folder: {found}. Give another name.") from error
+    return place
+
+
 def partial_name(place: Path) -> Path:
     """Return the name under which the unfinished result of `place` stands beside it."""
     return place.with_name(place.name + ".partial")
@@ -29,11 +44,7 @@ def require_free(place: Path, *, overwrite: bool, what: str) -> None:
     """
     if place.name in ("", ".."):
         raise ConfigError(f"--out {str(place)!r}: has no name of its own. Give one, such as output/NAME.")
-    try:
-        taken = place.exists()
-    except OSError as error:
-        raise ConfigError(f"--out {place}: cannot be a name here: {error.strerror}. Give another one.") from error
-    if taken and not overwrite:
+    if place.exists() and not overwrite:
         raise ConfigError(f"{place}: {what} is already there. Give another --out, or --overwrite to replace it.")
 
 

@@ -11,7 +11,16 @@ from typing import Any
 
 from llm_clf.console import say, table
 from llm_clf.errors import ConfigError, DataError, LlmClfError
-from llm_clf.files import locked, partial_name, path_of, replace_folder, require_apart, require_free, write_json, writing
+from llm_clf.files import (
+    locked,
+    partial_name,
+    path_of,
+    replace_folder,
+    require_apart,
+    require_free,
+    write_json,
+    writing,
+)
 from llm_clf.prompting.duplicates import Duplicates, find_duplicates, normal_text, text_key
 from llm_clf.prompting.prompts import SPLITS, Prompt, prompt_line, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
@@ -42,9 +51,9 @@ def build_prompts(
     if seed < 0:
         raise ConfigError(f"--seed {seed}: is negative; allowed are whole numbers from 0, such as 42.")
     require_free(folder, overwrite=overwrite, what="something")
-    require_apart(folder, [Path(file) for file in _listed(rows) if str(file) != STDIN])
     if folder.exists() and not _is_prompts(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is no prompts folder, so --overwrite leaves it alone. Give another --out.")
+    require_apart(folder, [Path(file) for file in _listed(rows) if str(file) != STDIN])
 
     with rewindable(rows) as files, locked(folder):
         return _build(files, used, folder, shares, seed, encoding)

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from llm_clf.conversation import Conversation, Write, converse
 from llm_clf.commands.predict import find_source
 from llm_clf.config import DEFAULT_BASE, load_settings
 from llm_clf.console import say
+from llm_clf.conversation import Conversation, Write, converse
 from llm_clf.decisions.decide import probabilities
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.prompting.prompts import Prompt

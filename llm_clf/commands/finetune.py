@@ -19,6 +19,7 @@ from llm_clf.files import (
     file_hash,
     locked,
     partial_name,
+    path_of,
     read_json,
     replace_folder,
     require_apart,
@@ -87,15 +88,15 @@ def finetune(
     Raises:
         LlmClfError: Settings, prompts or base are wrong, or the loss is not a number.
     """
-    place = Path(out)
+    place = path_of(out)
     if resume and is_run(place):
         say(f"{place} is finished; nothing to do.")
-        return dict(read_json(place / METRICS)) if (place / METRICS).is_file() else {}
+        return _metrics(place)
     _check_place(place, overwrite=overwrite)
     settings = resolve_settings(model, config, set)
-    base = Path(settings.model.name).expanduser()
-    require_apart(place, [Path(data), *([base] if base.is_dir() else [])])
-    prompts = _read_data(Path(data))
+    base, folder = path_of(settings.model.name), path_of(data)
+    require_apart(place, [folder, *([base] if base.is_dir() else [])])
+    prompts = _read_data(folder)
     _check_settings(settings, prompts)
     with locked(place):
         unfinished = partial_name(place)
@@ -103,17 +104,22 @@ def finetune(
             raise ConfigError(
                 f"{unfinished}: an interrupted training left this. --resume goes on with it, --overwrite starts anew."
             )
-        with writing(unfinished, "Then --resume goes on from the last checkpoint."):
-            metrics = _train_run(settings, prompts, unfinished, resume=resume)
-            replace_folder(unfinished, place)
+        try:
+            with writing(unfinished, "Then --resume goes on from the last checkpoint."):
+                if not (resume and is_run(unfinished)):
+                    _train_run(settings, prompts, unfinished, resume=resume)
+                metrics = _finish(unfinished, place)
+        except LlmClfError:
+            _drop_fruitless(unfinished)
+            raise
     say(f"The run is in {place}.")
     return metrics
 
 
 def resolve_settings(model: str | None, config: str | Path | None, overrides: Sequence[str]) -> Settings:
     """Return the settings: defaults, the recipe of the base that ships where it is used, the file, the overrides."""
-    if model is not None and (Path(model).expanduser() / "config.json").is_file():
-        model = str(Path(model).expanduser().resolve())
+    if model is not None and (path_of(model) / "config.json").is_file():
+        model = str(path_of(model).resolve())
     files = [Path(config)] if config is not None else []
     changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     settings = load_settings(files, changes)
@@ -148,8 +154,9 @@ def _read_data(folder: Path) -> _Data:
             f"{folder / 'train.jsonl'}: found {len(train)} labelled rows with {len(found)} labels; training needs rows "
             "of at least two. Give more rows, or a larger share for training (--split)."
         )
+    valid = read_split(folder, "valid", task)
     hashes = {split: file_hash(folder / f"{split}.jsonl") for split in SPLITS[:2]}
-    return _Data(task, train, read_split(folder, "valid", task), len(rows) - len(train), hashes)
+    return _Data(task, train, valid, len(rows) - len(train), hashes)
 
 
 def _check_settings(settings: Settings, data: _Data) -> None:
@@ -172,9 +179,8 @@ def _check_settings(settings: Settings, data: _Data) -> None:
             )
 
 
-def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> dict[str, Any]:
-    """Fill the unfinished run folder; return the validation metrics."""
-    from llm_clf.engine.training import has_checkpoint
+def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> None:
+    """Fill the unfinished run folder; its run.json comes last."""
     from llm_clf.models.bases import base_identity, quiet_libraries
     from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
 
@@ -187,14 +193,8 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     _claim(folder, settings, data, base, resume=resume)
     say(f"Base {settings.model.name} in {dtype} on {describe(device)}.")
 
-    try:
-        trained = _fit(settings, data, folder, device)
-    except LlmClfError:
-        # Where nothing was learned yet, there is nothing to go on with.
-        if not has_checkpoint(folder / CHECKPOINTS):
-            shutil.rmtree(folder)
-        raise
-    metrics = _score_validation(settings, data, folder)
+    trained = _fit(settings, data, folder, device)
+    _score_validation(settings, data, folder)
     facts = {
         "kind": "lora",
         "name": folder.name.removesuffix(".partial"),
@@ -210,10 +210,27 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
         "seconds": round(time.monotonic() - clock, 2),
         "peak_memory": peak_memory(device),
     }
-    shutil.rmtree(folder / CHECKPOINTS)
-    (folder / INPUTS).unlink()
     save_facts(folder, facts)
-    return metrics
+
+
+def _finish(unfinished: Path, place: Path) -> dict[str, Any]:
+    """Give a run that has all its files its name; return its metrics."""
+    shutil.rmtree(unfinished / CHECKPOINTS, ignore_errors=True)
+    (unfinished / INPUTS).unlink(missing_ok=True)
+    replace_folder(unfinished, place)
+    return _metrics(place)
+
+
+def _metrics(run: Path) -> dict[str, Any]:
+    return dict(read_json(run / METRICS)) if (run / METRICS).is_file() else {}
+
+
+def _drop_fruitless(unfinished: Path) -> None:
+    """Remove an unfinished run in which nothing was learned yet: there is nothing to go on with."""
+    from llm_clf.engine.training import has_checkpoint
+
+    if not is_run(unfinished) and not has_checkpoint(unfinished / CHECKPOINTS):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str, Any]:
@@ -340,18 +357,17 @@ def _measure(classifier: Any, data: _Data) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
-def _score_validation(settings: Settings, data: _Data, folder: Path) -> dict[str, Any]:
+def _score_validation(settings: Settings, data: _Data, folder: Path) -> None:
     """Score the validation rows with the saved adapter exactly as predict will; write predictions and metrics."""
     from llm_clf.commands.predict import Source, predict_prompts
     from llm_clf.decisions.predictions import read_predictions
 
     if not data.valid:
         say("No validation rows: the last step's adapter is kept, and nothing is measured.")
-        return {}
+        return
     source = Source(folder / ADAPTER, data.task, settings, None)
     predict_prompts(source, data.valid, folder / VALID_PREDICTIONS)
     table = read_predictions(folder / VALID_PREDICTIONS)
     metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
     write_json(folder / METRICS, metrics)
     say("Validation rows, scored with the saved adapter:\n" + metrics_text(metrics))
-    return metrics

@@ -24,7 +24,7 @@ from llm_clf.decisions.predictions import (
     write_predictions,
 )
 from llm_clf.errors import ConfigError, DataError
-from llm_clf.files import file_hash, locked, partial_name, require_apart, require_free
+from llm_clf.files import file_hash, locked, partial_name, path_of, require_apart, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
 from llm_clf.prompting.tasks import Task, load_task
@@ -91,7 +91,7 @@ def predict(
         raise ConfigError(f"--decode {decode!r}: allowed are {' and '.join(get_args(Decode))}.")
     if isinstance(columns, str):
         columns = [name.strip() for name in columns.split(",")]
-    place = Path(out)
+    place = path_of(out)
     check_format(place)
     given = [rows] if isinstance(rows, str | Path) else rows
     unfinished = _unfinished(place, [run, *given], resume=resume, overwrite=overwrite)
@@ -104,7 +104,7 @@ def predict(
             raise ConfigError(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
-        source = find_source(Path(run), task, model)
+        source = find_source(path_of(run), task, model)
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(

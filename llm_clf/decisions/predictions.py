@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.files import replacing
-from llm_clf.prompting.rows import STDIN, read_rows
+from llm_clf.prompting.rows import STDIN, read_rows, shorten
 
 STDOUT = STDIN
 FORMATS = (".csv", ".jsonl", ".parquet")
@@ -74,7 +74,7 @@ def choose_columns(wanted: Sequence[str] | None, own: Sequence[str], row_columns
     if unknown or not wanted:
         raise ConfigError(
             f"--columns: there is no column {', '.join(map(repr, unknown)) or repr('')}; predictions have "
-            f"{', '.join(own)}, the rows have {', '.join(row_columns)}."
+            f"{', '.join(own)}, the rows have {shorten(row_columns)}."
         )
     repeated = sorted({name for name in wanted if wanted.count(name) > 1})
     if repeated:
@@ -183,7 +183,7 @@ def read_predictions(file: Path) -> PredictionTable:
     missing = [name for name in ("label", "gold") if name not in names]
     if missing:
         raise DataError(
-            f"{file}: needs the column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, names))}. "
+            f"{file}: needs the column {shorten(missing)}; there are {shorten(names)}. "
             "Give a file that `llm-clf predict` wrote from labelled rows."
         )
     cells = [row.cells for row in rows]

@@ -233,7 +233,13 @@ def _evaluate(
 ) -> None:
     """Measure the model on the validation rows; keep its adapter where it is the best so far."""
     model.eval()
-    metrics = evaluate()
+    try:
+        metrics = evaluate()
+    except ArtifactError as error:
+        raise TrainingError(
+            f"Step {state.step}: {error} If it was sound until here, lower train.learning_rate "
+            f"(now {settings.learning_rate:g})."
+        ) from error
     model.train()
     state.evaluations.append({"step": state.step, "epoch": round(state.step / per_epoch, 4), **metrics})
     accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=state.step)

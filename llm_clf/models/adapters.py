@@ -70,7 +70,8 @@ def _linear_names(model: Any) -> list[str]:
 def save_adapter(model: Any, folder: Path, *, base: str, tokenizer: Any) -> None:
     """Write the adapter as PEFT does, with the tokenizer beside it: by that another base is recognised."""
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(folder))
+    # Without the flag PEFT asks a hub whether the base's vocabulary was changed; it never is here.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))
     # PEFT's model card is an empty form; the run folder says what there is to say.
     (folder / "README.md").unlink(missing_ok=True)
@@ -101,6 +102,7 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
     trained_on = config.get("base_model_name_or_path")
     this = f"{model.config.name_or_path} (the adapter was trained on {trained_on})"
     _require_same_tokenizer(folder, tokenizer, this)
+    names = _weight_names(weights)
     try:
         with _without_peft_notices():
             adapted = PeftModel.from_pretrained(model, str(folder))
@@ -108,7 +110,7 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder}: the adapter does not fit the base {this}: {reason}") from error
     # PEFT only warns of weights that find no place, and leaves those that are absent as they were drawn.
-    wrong = set(get_peft_model_state_dict(adapted)) ^ _weight_names(weights)
+    wrong = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) ^ names
     if wrong:
         raise ArtifactError(
             f"{folder}: the adapter does not fit the base {this}: {len(wrong)} weights have no counterpart, first "
@@ -136,7 +138,8 @@ def _weight_names(weights: Path) -> set[str]:
                 return set(opened.keys())
         return set(torch.load(weights, map_location="meta", weights_only=True))
     except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ArtifactError(f"{weights}: is damaged: {error}. Copy it again.") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{weights}: is damaged: {reason}. Copy it again.") from error
 
 
 def _require_same_tokenizer(folder: Path, tokenizer: Any, base: str) -> None:
@@ -174,7 +177,10 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """Return the adapter's weights on the CPU, by PEFT's names."""
     from peft import get_peft_model_state_dict
 
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
 
 
 def load_adapter_state(model: Any, state: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from llm_clf.config import DEFAULT_BASE
 from llm_clf.errors import ArtifactError, LlmClfError
+from llm_clf.files import path_of
 from llm_clf.models.devices import DTYPES
 
 SHIPPED = Path(__file__).resolve().parent / DEFAULT_BASE
@@ -27,7 +28,7 @@ def find_base(name: str) -> str:
     """
     if name == DEFAULT_BASE and not Path(name).is_dir():
         return str(SHIPPED)
-    place = Path(name).expanduser()
+    place = path_of(name)
     if place.is_dir():
         if not (place / "config.json").is_file():
             raise ArtifactError(
@@ -74,7 +75,9 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> Any:
         )
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
-        raise ArtifactError(f"{name}: its files lack or mis-shape {len(absent)} weights, first {absent[0]}.")
+        raise ArtifactError(
+            f"{name}: its files lack or mis-shape {len(absent)} weights, first {absent[0]}. Copy it again."
+        )
     return model.eval().requires_grad_(False)
 
 

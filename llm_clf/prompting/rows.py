@@ -142,7 +142,7 @@ def _csv_text(cell: str) -> str:
 
 
 def _check_header(file: Path, header: Sequence[str]) -> None:
-    repeated = [name for name, times in Counter(header).items() if times > 1]
+    repeated = sorted(name for name, times in Counter(header).items() if times > 1)
     if repeated:
         raise DataError(f"{file}: the header names {shorten(repeated)} more than once. Rename the columns.")
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm_clf.errors import LabelError, TemplateError
-from llm_clf.files import write_yaml
+from llm_clf.files import path_of, write_yaml
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 
@@ -193,12 +193,9 @@ def shipped_tasks() -> dict[str, Path]:
 
 
 def _find(name: str | Path) -> Path:
-    file, shipped = Path(name), shipped_tasks()
-    try:
-        if file.is_file():
-            return file
-    except OSError as error:
-        raise TemplateError(f"--task {str(name)[:80]!r}…: cannot be a file: {error.strerror}.") from error
+    file, shipped = path_of(name), shipped_tasks()
+    if file.is_file():
+        return file
     if str(name) in shipped:
         return shipped[str(name)]
     raise TemplateError(f"--task {str(name)!r}: is no file and no task that ships; these ship: {', '.join(shipped)}.")
