@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from llm_clf.errors import ArtifactError, ConfigError, DataError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def path_of(name: str | Path) -> Path:
     """Return a path as it was given, with `~` for the home folder.
@@ -116,7 +118,8 @@ def writing(place: Path, then: str = "") -> Iterator[None]:
 def cannot_write(place: Path, error: Exception, then: str = "") -> DataError:
     """Return the message for a result that could not be written."""
     found = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # Libraries that are not written in Python give the system's words alone.
+    full = any(getattr(error, "errno", None) == n or os.strerror(n) in str(error) for n in FULL)
     advice = "Make room on the disk" if full else "See to room and rights there"
     return DataError(f"{place}: cannot be written: {found}. {advice}, or give another --out.{then and ' ' + then}")
 

@@ -20,14 +20,14 @@ if [ "$(cat "$venv/.made-for-dev" 2>/dev/null)" != "$mark" ] &&
     torch=$(sed -n 's/^torch==//p' constraints.txt)
     if ! nvidia-smi >/dev/null 2>&1 && ! $pip show -q torch 2>/dev/null; then
         # The CPU build is ten times smaller. Some package indexes offer it, others only the CUDA build.
-        if ! $pip install -q "torch==$torch+cpu" 2>/dev/null; then
+        if ! $pip install -qq "torch==$torch+cpu" 2>/dev/null; then
             echo "No package index here offers torch $torch+cpu; installing the build with CUDA (several GB)."
             echo "To avoid it, set PIP_EXTRA_INDEX_URL to an index of PyTorch's CPU builds."
         fi
     fi
     extra=""
     if [ "$kind" = dev ]; then extra="[dev]"; fi
-    $pip install -q -c constraints.txt -e ".$extra"
+    $pip install -qq -c constraints.txt -e ".$extra"
     echo "$mark" >"$venv/.made-for-$kind"
 fi
 PATH="$PWD/$venv/bin:$PATH"

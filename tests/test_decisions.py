@@ -238,7 +238,7 @@ def test_an_unknown_column_is_refused_with_those_that_are_there(wanted: list[str
     with pytest.raises(ConfigError) as caught:
         choose_columns(wanted, OWN, ["uuid", "title"])
     assert f"there is no column {unknown};" in str(caught.value)
-    assert all(name in str(caught.value) for name in (*prediction_columns(LABELS), "uuid, title"))
+    assert all(name in str(caught.value) for name in (*prediction_columns(LABELS), "'uuid', 'title'"))
 
 
 def test_a_column_that_is_wanted_twice_is_refused() -> None:

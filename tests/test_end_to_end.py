@@ -353,7 +353,7 @@ def test_prediction_killed_at_random_moments_resumes_to_the_same_bytes(
 
 def test_ctrl_c_leaves_a_run_that_resumes(prompts: Path, base: Path, tmp_path: Path) -> None:
     words = ["finetune", prompts, "--model", base, "--out", tmp_path / "run"]
-    words += [word for setting in settings("train.epochs=200") for word in ("--set", setting)]
+    words += [word for setting in settings("train.epochs=5000") for word in ("--set", setting)]
     started = start(words)
     wait_for(lambda: (partial_name(tmp_path / "run") / "checkpoints" / "last").is_dir() or started.poll() is not None)
     started.send_signal(signal.SIGINT)

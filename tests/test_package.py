@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_clf.errors import ArtifactError
 from llm_clf.models.bases import SHIPPED, base_identity, find_base, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,23 @@ def test_the_base_that_ships_is_small_and_documented() -> None:
     config = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "glm" and "CC0" in card and "CC-BY" in card and "loss" in card
     assert find_base("glm-nano") == str(SHIPPED) and len(base_identity("glm-nano")["hash"]) == 64
+
+
+def test_a_base_on_a_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(name: str, file: str) -> str:
+        asked.append((name, file))
+        return f"/cache/models--org--name/snapshots/0123abc/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert base_identity("org/name") == {"name": "org/name", "hash": "0123abc"}
+    assert asked == [("org/name", "config.json")]
+
+
+def test_a_base_that_cannot_be_reached_is_refused_by_name() -> None:
+    with pytest.raises(ArtifactError, match="org/absent: the config cannot be loaded"):
+        base_identity("org/absent")
 
 
 def test_the_base_that_ships_takes_any_text() -> None:

@@ -195,7 +195,7 @@ def predict_prompts(
                     scored.record(batch)
                     advance(len(batch.rows))
 
-                classifier.score(prompts, done, frozenset(scored.finished))
+                classifier.score(prompts, done, scored.finished)
         seconds = time.monotonic() - started
         predictions = _predictions(prompts, scored, source.task, decode)
         write_predictions(out, predictions, labels=names, columns=chosen)

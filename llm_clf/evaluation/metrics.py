@@ -28,7 +28,7 @@ def compute_metrics(
         labels: In the task's order.
         status: Of every row, counted over all rows.
     """
-    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
     known = [row for row, label in enumerate(gold) if label != NO_LABEL]
     y_true, y_pred = [gold[row] for row in known], [predicted[row] for row in known]
@@ -64,7 +64,7 @@ def compute_metrics(
             }
             for label, precision, recall, f1, support in zip(labels, *per_label, strict=True)
         },
-        "confusion_matrix": _confusion(confusion_matrix, y_true, y_pred, labels),
+        "confusion_matrix": _confusion(y_true, y_pred, labels),
     }
     return metrics
 
@@ -88,13 +88,8 @@ def _probability_metrics(y_true: Sequence[str], probs: np.ndarray, labels: Seque
     return {"roc_auc": float(np.mean(areas)) if areas else None, "log_loss": float(-np.log(own).mean())}
 
 
-def _confusion(
-    confusion_matrix: Any, y_true: Sequence[str], y_pred: Sequence[str], labels: Sequence[str]
-) -> dict[str, dict[str, int]]:
+def _confusion(y_true: Sequence[str], y_pred: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """Return counts as gold label to predicted label, with a last column for rows without a label where any are."""
     columns = [*labels, *([NO_LABEL] if NO_LABEL in y_pred else [])]
-    matrix = confusion_matrix(y_true, y_pred, labels=columns)
-    return {
-        label: {name or "(none)": int(count) for name, count in zip(columns, matrix[row], strict=True)}
-        for row, label in enumerate(labels)
-    }
+    counts = Counter(zip(y_true, y_pred, strict=True))
+    return {label: {name or "(none)": counts[label, name] for name in columns} for label in labels}

@@ -113,12 +113,12 @@ def context_length(config: Any) -> int | None:
 def base_identity(name: str) -> dict[str, Any]:
     """Return the base's name and a hash that changes with its config, tokenizer or weights.
 
-    Config and tokenizer files are hashed whole; of each file of weights its size and 1 MiB at the start, in the
-    middle and at the end, so that a base of many gigabytes takes no time.
+    For a base on a hub it is the commit. In a folder, config and tokenizer files are hashed whole; of each file of
+    weights its size and 1 MiB at the start, in the middle and at the end: a base of many gigabytes takes no time.
     """
     place = Path(find_base(name))
     if not place.is_dir():
-        place = _cached_snapshot(name)
+        return {"name": name, "hash": _hub_commit(name)}
     digest = hashlib.sha256()
     for file in sorted(place.iterdir()):
         if file.suffix in WEIGHT_SUFFIXES:
@@ -128,14 +128,16 @@ def base_identity(name: str) -> dict[str, Any]:
     return {"name": name, "hash": digest.hexdigest()}
 
 
-def _cached_snapshot(name: str) -> Path:
-    """Return the folder into which the hub client put a base."""
-    from huggingface_hub import try_to_load_from_cache
+def _hub_commit(name: str) -> str:
+    """Return the commit of a base on a hub, which stands for all of its files; only its config is fetched.
 
-    config = try_to_load_from_cache(name, "config.json")
-    if not isinstance(config, str):
-        raise ArtifactError(f"{name}: is not in the local cache of models.")
-    return Path(config).parent
+    Without a network it is the commit of the copy in the local cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _loading(name, "config"):
+        # The client puts a file at .../snapshots/COMMIT/FILE.
+        return Path(hf_hub_download(name, "config.json")).parent.name
 
 
 def _hash_sample(file: Path, digest: "hashlib._Hash") -> None:
