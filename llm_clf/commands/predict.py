@@ -68,7 +68,7 @@ def predict(
 ) -> dict[str, Any]:
     """Predict every row and write the file `out`; return counts and speed.
 
-    Rows are read three times and never held all at once: memory grows by about 150 bytes a row, and 4 bytes for
+    Rows are read three times and never held all at once: memory grows by about 450 bytes a row, and 4 bytes for
     each label.
 
     Args:
