@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -118,10 +119,10 @@ def _why_no_run(folder: Path) -> str:
     return "has no run.json, so it is no run. Give a folder that `llm-clf finetune` finished."
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of packages, by default of those that a result depends on."""
     versions = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -4,7 +4,6 @@ import platform
 import shutil
 import string
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from llm_clf.errors import DataError
 from llm_clf.files import file_hash
 from llm_clf.prompting.prompts import Prompt, read_split
 from llm_clf.prompting.tasks import Task, load_task
+from llm_clf.runs import package_versions
 
 SUMS = "SHA256SUMS"
 PACKAGES = (
@@ -63,7 +63,7 @@ def doctor(*, model: str | None = None, data: str | Path | None = None) -> dict[
         "torch": _torch(),
         "cuda": cuda,
         "disk": _disk(),
-        "versions": _versions(),
+        "versions": package_versions(PACKAGES),
         "finetune": _finetune_choice(settings),
         "shipped_base": {"name": DEFAULT_BASE, "whole": not faults, "faults": faults},
         "estimate": None if model is None and data is None else _estimate(settings, data, memory, cuda),
@@ -182,16 +182,6 @@ def _tilde(place: Path) -> str:
     """Return a path without the home folder: reports are shown to others."""
     home = Path.home()
     return str(Path("~") / place.relative_to(home)) if place.is_relative_to(home) else str(place)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 def _finetune_choice(settings: Settings) -> dict[str, str]:

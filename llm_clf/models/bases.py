@@ -50,7 +50,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _loading(name, "tokenizer"):
+    with loading_of(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(find_base(name), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ArtifactError(f"{name}: its tokenizer has no end token (eos_token), and an answer needs one.")
@@ -65,7 +65,7 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with _loading(name, "model"):
+    with loading_of(name, "model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             find_base(name),
             dtype=DTYPES[dtype],
@@ -82,7 +82,7 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> Any:
 
 
 @contextmanager
-def _loading(name: str, what: str) -> Iterator[None]:
+def loading_of(name: str, what: str) -> Iterator[None]:
     """Turn the many errors of a failed load into one that says what to do."""
     quiet = logging.getLogger("transformers")
     level = quiet.level
@@ -135,7 +135,7 @@ def _hub_commit(name: str) -> str:
     """
     from huggingface_hub import hf_hub_download
 
-    with _loading(name, "config"):
+    with loading_of(name, "config"):
         # The client puts a file at .../snapshots/COMMIT/FILE.
         return Path(hf_hub_download(name, "config.json")).parent.name
 

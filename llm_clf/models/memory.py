@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_clf.models.bases import _loading, find_base
+from llm_clf.models.bases import find_base, loading_of
 
 MODES = ("fp32", "bf16", "fp16", "8bit", "4bit")
 QUANTIZED = ("8bit", "4bit")
@@ -249,7 +249,7 @@ def empty_model(name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _loading(name, "config"):
+    with loading_of(name, "config"):
         config = AutoConfig.from_pretrained(find_base(name), trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
