@@ -283,8 +283,13 @@ def test_interrupted_training_resumes_to_the_same_adapter(
 
 
 def start(words: list[object]) -> subprocess.Popen[str]:
+    """Start a command that hears Ctrl-C, also where the tests run in the background and it is ignored."""
     return subprocess.Popen(
-        [sys.executable, "-m", "llm_clf", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "-m", "llm_clf", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
