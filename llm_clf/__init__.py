@@ -8,10 +8,22 @@ if TYPE_CHECKING:
     from llm_clf.commands.doctor import doctor
     from llm_clf.commands.evaluate import evaluate
     from llm_clf.commands.finetune import finetune
+    from llm_clf.commands.import_adapter import import_adapter
+    from llm_clf.commands.import_chatglm import import_chatglm
     from llm_clf.commands.predict import predict
     from llm_clf.errors import LlmClfError
 
-__all__ = ["LlmClfError", "build_prompts", "chat", "doctor", "evaluate", "finetune", "predict"]
+__all__ = [
+    "LlmClfError",
+    "build_prompts",
+    "chat",
+    "doctor",
+    "evaluate",
+    "finetune",
+    "import_adapter",
+    "import_chatglm",
+    "predict",
+]
 __version__ = "0.1.0"
 
 _HOMES = {"LlmClfError": "llm_clf.errors"}

@@ -25,6 +25,13 @@ Rows = Annotated[
 ]
 Encoding = Annotated[str, typer.Option(help="Encoding of text files, such as gb18030.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+Set = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="One setting, such as lora.r=16; may be repeated.")
+]
+ModelSet = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="One setting of model or predict, such as model.quantization=4bit."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted command left.")]
 
 
@@ -55,9 +62,7 @@ def finetune(
         str | None, typer.Option(metavar="BASE", help="glm-nano (the default), a model folder, or a Hugging Face id.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    set: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="One setting, such as lora.r=16; may be repeated.")
-    ] = None,
+    set: Set = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -88,6 +93,7 @@ def predict(
     model: Annotated[
         str | None, typer.Option(metavar="BASE", help="For a bare adapter: the base. For a run: where its base is now.")
     ] = None,
+    set: ModelSet = None,
     encoding: Encoding = "utf-8",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -106,6 +112,7 @@ def predict(
         columns=columns,
         task=task,
         model=model,
+        set=set or (),
         encoding=encoding,
         resume=resume,
         overwrite=overwrite,
@@ -134,6 +141,7 @@ def chat(
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="BASE", help="The base; needed for a bare adapter.")] = None,
     task: Annotated[str | None, typer.Option(help="For a bare adapter or a base: the task of /classify.")] = None,
+    set: ModelSet = None,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer one text and leave.")] = None,
 ) -> None:
     """Talk to a run, an adapter or a base: see what it says, and what its labels are.
@@ -142,12 +150,54 @@ def chat(
     """
     from llm_clf.commands import chat as command
 
-    command.chat(source, model=model, task=task, once=once)
+    command.chat(source, model=model, task=task, set=set or (), once=once)
+
+
+@app.command("import-chatglm")
+def import_chatglm(
+    source: Annotated[Path, typer.Argument(help="Original ChatGLM2 or ChatGLM3 folder.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
+    only: Annotated[str, typer.Option(metavar="all|weights|tokenizer", help="Write one half of it.")] = "all",
+    set: ModelSet = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an original ChatGLM folder as one that transformers loads anywhere, without this package.
+
+    Example: `llm-clf import-chatglm models/chatglm2-6b models/chatglm2-6b-glm`
+    """
+    from llm_clf.commands import import_chatglm as command
+
+    command.import_chatglm(
+        source,
+        out,
+        only=only,  # type: ignore[arg-type]
+        set=set or (),
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+@app.command("import-adapter")
+def import_adapter(
+    source: Annotated[Path, typer.Argument(help="Adapter folder trained on ChatGLM's own code.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
+    base: Annotated[str, typer.Option(metavar="CHATGLM_DIR", help="The base that the adapter was trained on.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a LoRA adapter of ChatGLM's own code as one of the native model.
+
+    Example: `llm-clf import-adapter old/adapter models/adapter --base models/chatglm2-6b`
+    """
+    from llm_clf.commands import import_adapter as command
+
+    command.import_adapter(source, out, base=base, overwrite=overwrite)
 
 
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(metavar="BASE", help="Estimate the memory that this base needs.")] = None,
+    set: Set = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Prompts whose lengths the estimate takes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -159,7 +209,7 @@ def doctor(
 
     from llm_clf.commands import doctor as command
 
-    facts = command.doctor(model=model, data=data)
+    facts = command.doctor(model=model, set=set or (), data=data)
     print(json.dumps(facts, indent=2) if as_json else command.doctor_text(facts))
 
 

@@ -25,9 +25,15 @@ class ModelSettings(Section):
     """The base model and how it is held in memory."""
 
     name: Annotated[str, Field(min_length=1)] = DEFAULT_BASE
-    """`glm-nano`, a local folder, or a Hugging Face id."""
+    """`glm-nano`, a local folder (also an original ChatGLM2 or ChatGLM3 one), or a Hugging Face id."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Type of the frozen weights; auto: bf16 where the device computes in it, else fp16 on CUDA and fp32 on CPU."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the linear layers in 8 bits (LLM.int8()) or 4 bits (NF4, double quantisation), and compute in `dtype`."""
+    family: Literal["auto", "chatglm2", "chatglm3"] = "auto"
+    """An original ChatGLM folder: whose prompts and special tokens; auto: by `_name_or_path` or the folder's name."""
+    rope_ratio: Literal["auto", "linear", "theta"] = "auto"
+    """An original ChatGLM folder: its `rope_ratio` divides positions or multiplies theta; auto: by the family."""
 
 
 class DataSettings(Section):
@@ -139,6 +145,21 @@ def load_settings(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
         source = ", ".join([str(file) for file in files] + (["--set"] if overrides else []))
         faults = "\n".join(f"  {line}" for line in _faults(error))
         raise ConfigError(f"Settings ({source}) are wrong:\n{faults}") from error
+
+
+def require_sections(overrides: Sequence[str], allowed: Sequence[str], what: str) -> None:
+    """Refuse overrides of settings that a command does not heed.
+
+    Raises:
+        ConfigError: One is of another section.
+    """
+    for override in overrides:
+        section = override.partition(".")[0].strip()
+        if section in Settings.model_fields and section not in allowed:
+            raise ConfigError(
+                f"--set {override!r}: {what} heeds the sections {' and '.join(allowed)} only; the others belong to the "
+                "training."
+            )
 
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from conftest import CHAT_TEMPLATE
 
 import llm_clf
+from llm_clf.config import ModelSettings
 from llm_clf.conversation import Conversation, Write, converse
 from llm_clf.errors import ArtifactError, ConfigError
 from llm_clf.models.bases import load_tokenizer
@@ -121,7 +122,7 @@ def run(many_rows: Path, short_task: Path, base: Path, tmp_path: Path) -> Path:
 def test_once_gives_the_greedy_answer_of_the_base(base: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(str(base))
+    tokenizer = load_tokenizer(ModelSettings(name=str(base)))
     ids = torch.tensor([tokenizer.encode("Hello\n", add_special_tokens=False)])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = model.generate(ids, max_new_tokens=256, do_sample=False)[0, ids.shape[1] :]
@@ -170,7 +171,7 @@ def test_template_and_special_tokens_in_what_is_typed(make_base: MakeBase) -> No
 def test_long_conversation_drops_its_oldest_turns(make_base: MakeBase, capsys: pytest.CaptureFixture[str]) -> None:
     from llm_clf.commands.chat import _load
 
-    loaded = _load(None, str(make_base("glm")), None)
+    loaded = _load(None, str(make_base("glm")), None, ())
     messages = [{"role": role, "content": "x" * 90} for role in ("user", "assistant") * 2] + [
         {"role": "user", "content": "y"}
     ]
@@ -192,10 +193,10 @@ def test_adapter_of_another_shape_or_tokenizer_is_refused_by_name(
     config.num_hidden_layers = 3
     deeper = tmp_path / "deeper"
     AutoModelForCausalLM.from_config(config).save_pretrained(deeper)
-    load_tokenizer(str(make_base("glm"))).save_pretrained(deeper)
+    load_tokenizer(ModelSettings(name=str(make_base("glm")))).save_pretrained(deeper)
     other = tmp_path / "other-words"
     AutoModelForCausalLM.from_config(tiny_config("glm")).save_pretrained(other)
-    tokenizer = load_tokenizer(str(make_base("glm")))
+    tokenizer = load_tokenizer(ModelSettings(name=str(make_base("glm"))))
     tokenizer.add_tokens(["heart"])
     tokenizer.save_pretrained(other)
     for base, reason in (

@@ -10,7 +10,7 @@ import torch
 
 from llm_clf.commands.build_prompts import build_prompts
 from llm_clf.commands.doctor import PACKAGES, SUMS, doctor, doctor_text, shipped_faults
-from llm_clf.config import LoraSettings
+from llm_clf.config import LoraSettings, ModelSettings
 from llm_clf.errors import ArtifactError, DataError
 from llm_clf.models.adapters import new_adapter
 from llm_clf.models.bases import SHIPPED
@@ -152,7 +152,7 @@ ADAPTER = 2 * 8 * sum(inputs + outputs for inputs, outputs in LINEARS)
 
 
 def test_shapes_of_a_tiny_base(base: Path) -> None:
-    model = empty_model(str(base))
+    model = empty_model(ModelSettings(name=str(base)))
     shape = base_shape(model)
     assert sorted(shape.linears) == sorted(2 * LINEARS)
     assert shape.parameters == PARAMETERS
@@ -164,7 +164,7 @@ def test_shapes_of_a_tiny_base(base: Path) -> None:
 
 
 def test_estimate_of_a_tiny_base_by_hand(base: Path) -> None:
-    model = empty_model(str(base))
+    model = empty_model(ModelSettings(name=str(base)))
     shape, adapter = base_shape(model), adapter_shape(new_adapter(model, LoraSettings(), seed=0))
     batch = largest_micro_batch(100, 50.0, answer=2, batch_size=4, budget=300)
     assert batch == MicroBatch(tokens=300, rows=4, longest=100, answer=2)
@@ -213,7 +213,7 @@ def test_a_micro_batch_holds_a_row_that_is_longer_than_the_budget() -> None:
 
 @pytest.mark.parametrize("family", ["glm", "llama", "qwen2", "gpt2", "gpt_neox", "bloom"])
 def test_fewer_bits_take_less(make_base: Any, family: str) -> None:
-    shape = base_shape(empty_model(str(make_base(family))))
+    shape = base_shape(empty_model(ModelSettings(name=str(make_base(family)))))
     size = {mode: weight_bytes(mode, shape) for mode in MODES}
     assert size["4bit"] < size["8bit"] < size["fp16"] == size["bf16"] < size["fp32"]
 
@@ -313,7 +313,7 @@ def test_estimate_measures_the_training_rows(base: Path, prompts: Path) -> None:
 
     found = doctor(model=str(base), data=prompts)["estimate"]
     task = load_task(prompts / "task.yaml")
-    tokens = PromptTokenizer(load_tokenizer(str(base)), task, max_length=512)
+    tokens = PromptTokenizer(load_tokenizer(ModelSettings(name=str(base))), task, max_length=512)
     train = read_split(prompts, "train", task)
     lengths = [
         len(example.ids) + len(tokens.answer(prompt.label))

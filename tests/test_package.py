@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_clf.config import ModelSettings
 from llm_clf.errors import ArtifactError
 from llm_clf.models.bases import SHIPPED, base_identity, find_base, load_tokenizer
 
@@ -79,7 +80,7 @@ def test_a_base_that_cannot_be_reached_is_refused_by_name() -> None:
 
 
 def test_the_base_that_ships_takes_any_text() -> None:
-    tokenizer = load_tokenizer("glm-nano")
+    tokenizer = load_tokenizer(ModelSettings(name="glm-nano"))
     for text in ("Plain words, 1 and 0.", "中文 и русский", "emoji 🙂 \x00 \ud7ff", "<|endoftext|>"):
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         assert tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids

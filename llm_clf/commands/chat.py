@@ -1,20 +1,22 @@
 """Talk to a base, a bare adapter or a run: a look at what the model says, and at what its labels are."""
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_clf.commands.predict import find_source
-from llm_clf.config import DEFAULT_BASE, load_settings
+from llm_clf.config import Settings, load_settings, require_sections
 from llm_clf.console import say
 from llm_clf.conversation import Conversation, Write, converse
 from llm_clf.decisions.decide import probabilities
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import is_run
+from llm_clf.runs import Run, is_run
 
 MAX_NEW_TOKENS = 512
 
@@ -24,6 +26,7 @@ def chat(
     *,
     model: str | None = None,
     task: str | Path | None = None,
+    set: Sequence[str] = (),
     once: str | None = None,
 ) -> str | None:
     """Talk on the terminal, or answer one text and return the answer.
@@ -32,12 +35,13 @@ def chat(
         source: A run or a bare adapter; None: the base alone.
         model: The base; needed for a bare adapter, glm-nano where there is no source.
         task: For a bare adapter or a base: the task of `/classify`.
+        set: Settings of the sections model and predict as `section.key=value`.
         once: A text to answer; None: talk until the input ends.
 
     Raises:
         LlmClfError: Source, base or task are wrong.
     """
-    loaded = _load(source, model, task)
+    loaded = _load(source, model, task, set)
     say(loaded.description + ("" if once is not None else " /help lists the commands."))
     write = _to_stdout
     if once is not None:
@@ -99,49 +103,59 @@ class LoadedModel:
         return self._model.disable_adapter() if self.has_adapter and not self.adapter_on else nullcontext()
 
 
-def _load(source: str | Path | None, model: str | None, task: str | Path | None) -> LoadedModel:
+def _load(
+    source: str | Path | None, model: str | None, task: str | Path | None, overrides: Sequence[str]
+) -> LoadedModel:
     from llm_clf.engine.classifier import Classifier, prompt_tokenizer, require_same_base
     from llm_clf.models.adapters import attach_adapter
     from llm_clf.models.bases import load_model, load_tokenizer, quiet_libraries
     from llm_clf.models.devices import choose_device, choose_dtype, describe
 
     quiet_libraries()
-    adapter, asked, settings, words = None, None, load_settings(), ""
-    if source is not None:
-        folder = Path(source)
-        if is_run(folder) or not (folder / "adapter_config.json").is_file() or task is not None:
-            found = find_source(folder, task, model)
-            adapter, asked, settings = found.adapter, found.task, found.settings
-            if found.run is not None:
-                require_same_base(found.run)
-        elif model is None:
-            raise ConfigError(f"{folder}: is a bare adapter; tell its base: --model BASE.")
-        else:
-            adapter = folder
-        words = f" with the adapter of {folder}"
-    if adapter is None or model is not None:
-        name = model or DEFAULT_BASE
-        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"name": name})})
-        asked = load_task(task) if task is not None else asked
+    found = _find(source, model, task, overrides)
+    if found.run is not None:
+        require_same_base(found.run)
+    settings = found.settings
     device = choose_device()
     dtype = choose_dtype(settings.model.dtype, device)
-    tokenizer = load_tokenizer(settings.model.name)
-    loaded = load_model(settings.model.name, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(settings.model)
+    loaded = load_model(settings.model, dtype=dtype, device=device)
     classifier = None
-    tokens = prompt_tokenizer(tokenizer, loaded, asked, settings) if asked is not None else None
-    if adapter is not None:
+    tokens = prompt_tokenizer(tokenizer, loaded, found.task, settings) if found.task is not None else None
+    if found.adapter is not None:
         # Never merged here: /base switches the adapter off and on.
-        loaded = attach_adapter(loaded, adapter, merge=False, tokenizer=tokenizer)
+        loaded = attach_adapter(loaded, found.adapter, merge=False, tokenizer=tokenizer)
     if tokens is not None:
         classifier = Classifier(loaded, tokens, batch_tokens=settings.predict.batch_tokens)
+    words = f" with the adapter of {source}" if source is not None else ""
     description = f"{settings.model.name}{words}, {dtype} on {describe(device)}."
-    return LoadedModel(loaded, tokenizer, classifier, asked, description)
+    return LoadedModel(loaded, tokenizer, classifier, found.task, description)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What to talk to."""
+
+    adapter: Path | None
+    task: Task | None
+    settings: Settings
+    run: Run | None
+
+
+def _find(source: str | Path | None, model: str | None, task: str | Path | None, overrides: Sequence[str]) -> _Found:
+    folder = Path(source) if source is not None else None
+    if folder is not None and (is_run(folder) or not (folder / "adapter_config.json").is_file() or task is not None):
+        found = find_source(folder, task, model, overrides)
+        return _Found(found.adapter, found.task, found.settings, found.run)
+    if folder is not None and model is None:
+        raise ConfigError(f"{folder}: is a bare adapter; tell its base: --model BASE.")
+    require_sections(overrides, ("model", "predict"), "a conversation")
+    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
+    return _Found(folder, load_task(task) if task is not None else None, load_settings(overrides=changes), None)
 
 
 def _input_of(text: str, task: Task) -> str:
     """Return the input that a typed text means: JSON with the task's columns, a rendered input, or the main column."""
-    import json
-
     try:
         record = json.loads(text) if text.startswith("{") else None
     except json.JSONDecodeError as error:

@@ -4,6 +4,7 @@ import platform
 import shutil
 import string
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ PACKAGES = (
 CHUNK = 1024
 
 
-def doctor(*, model: str | None = None, data: str | Path | None = None) -> dict[str, Any]:
+def doctor(*, model: str | None = None, set: Sequence[str] = (), data: str | Path | None = None) -> dict[str, Any]:
     """Return facts about this machine as plain values fit for JSON; sizes are in bytes.
 
     Args:
         model: Estimate the memory of training this base, in every mode.
+        set: Settings as `section.key=value` that the estimate is for.
         data: A prompts folder: its training rows, of the default base without `model`, are what the estimate is for.
 
     Raises:
@@ -52,7 +54,7 @@ def doctor(*, model: str | None = None, data: str | Path | None = None) -> dict[
     quiet_libraries()
     cuda = _cuda()
     memory = _memory()
-    settings = resolve_settings(model, None, ())
+    settings = resolve_settings(model, None, set)
     faults = shipped_faults(SHIPPED)
     return {
         "llm_clf": llm_clf.__version__,
@@ -206,7 +208,7 @@ def _estimate(
     name, train = settings.model.name, settings.train
     # Broken rows show before anything of the base is read.
     prompts = None if data is None else _training_prompts(Path(data))
-    model = empty_model(name)
+    model = empty_model(settings.model)
     base = base_shape(model)
     rows = _row_lengths(model, prompts, settings)
     adapter = adapter_shape(new_adapter(model, settings.lora, seed=train.seed))
@@ -283,7 +285,7 @@ def _row_lengths(model: Any, prompts: tuple[Task, list[Prompt]] | None, settings
             "cut": None,
         }
     task, rows = prompts
-    tokens = prompt_tokenizer(load_tokenizer(settings.model.name), model, task, settings)
+    tokens = prompt_tokenizer(load_tokenizer(settings.model), model, task, settings)
     longest = total = cut = 0
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]

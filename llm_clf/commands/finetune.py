@@ -181,14 +181,15 @@ def _check_settings(settings: Settings, data: _Data) -> None:
 
 def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> None:
     """Fill the unfinished run folder; its run.json comes last."""
-    from llm_clf.models.bases import base_identity, quiet_libraries
+    from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
     from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
 
     started, clock = datetime.now(UTC), time.monotonic()
     quiet_libraries()
     device = choose_device()
     dtype = choose_dtype(settings.model.dtype, device)
-    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
+    resolved, _ = resolve_base(settings.model)
+    settings = settings.model_copy(update={"model": resolved.model_copy(update={"dtype": dtype})})
     base = base_identity(settings.model.name)
     _claim(folder, settings, data, base, resume=resume)
     say(f"Base {settings.model.name} in {dtype} on {describe(device)}.")
@@ -240,8 +241,8 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str
     from llm_clf.models.adapters import new_adapter, save_adapter, trainable
     from llm_clf.models.bases import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(settings.model.name)
-    base = load_model(settings.model.name, dtype=settings.model.dtype, device=device)
+    tokenizer = load_tokenizer(settings.model)
+    base = load_model(settings.model, dtype=settings.model.dtype, device=device)
     tokens = prompt_tokenizer(tokenizer, base, data.task, settings)
     model = new_adapter(base, settings.lora, seed=settings.train.seed)
     examples, cut = _training_examples(tokens, data, settings)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llm_clf.config import Settings, load_settings, settings_to_dict
+from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
 from llm_clf.console import progress, say
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.decisions.parsing import AnswerParser
@@ -28,7 +28,7 @@ from llm_clf.files import file_hash, locked, partial_name, path_of, require_apar
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
 from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import Run, is_run, load_run
+from llm_clf.runs import CONFIG, Run, is_run, load_run
 
 Decode = Literal["score", "generate"]
 
@@ -62,6 +62,7 @@ def predict(
     columns: str | Sequence[str] | None = None,
     task: str | Path | None = None,
     model: str | None = None,
+    set: Sequence[str] = (),
     encoding: str = "utf-8",
     resume: bool = False,
     overwrite: bool = False,
@@ -80,6 +81,7 @@ def predict(
         columns: What to write, of the predictions' and the rows' columns; None: all of the predictions'.
         task: For a bare adapter: the task.
         model: For a bare adapter: the base. For a run: where its base is now, if it was moved.
+        set: Settings of the sections model and predict as `section.key=value`, such as `model.quantization=4bit`.
         encoding: Of text files.
         resume: Go on with what an interrupted job left beside `out`.
         overwrite: Replace `out`.
@@ -104,7 +106,7 @@ def predict(
             raise ConfigError(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
-        source = find_source(path_of(run), task, model)
+        source = find_source(path_of(run), task, model, set)
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(
@@ -129,24 +131,25 @@ def _unfinished(place: Path, inputs: Sequence[str | Path], *, resume: bool, over
     return partial_name(place)
 
 
-def find_source(folder: Path, task: str | Path | None, model: str | None) -> Source:
+def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> Source:
     """Return what to predict with: a run, or a bare adapter with the task and the base given.
 
     Raises:
         ArtifactError: The folder is neither.
-        ConfigError: A bare adapter lacks a task or a base, or a run is given another one.
+        ConfigError: A bare adapter lacks a task or a base, a run is given another one, or an override does not fit.
     """
+    require_sections(overrides, ("model", "predict"), "a prediction")
+    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     if is_run(folder) or not (folder / "adapter_config.json").is_file():
         run = load_run(folder)
         if task is not None:
             raise ConfigError(f"{folder}: is a run and has its own task; leave out --task.")
-        if model is not None:
-            moved = run.settings.model.model_copy(update={"name": model})
-            run = replace(run, settings=run.settings.model_copy(update={"model": moved}))
+        if changes:
+            run = replace(run, settings=load_settings([folder / CONFIG], changes))
         return Source(run.adapter, run.task, run.settings, run)
     if task is None or model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
-    return Source(folder, load_task(task), load_settings(overrides=[f"model.name={json.dumps(model)}"]), None)
+    return Source(folder, load_task(task), load_settings(overrides=changes), None)
 
 
 def predict_prompts(

@@ -65,8 +65,8 @@ class Classifier:
         """
         device = choose_device()
         dtype = choose_dtype(settings.model.dtype, device)
-        tokenizer = load_tokenizer(settings.model.name)
-        base = load_model(settings.model.name, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(settings.model)
+        base = load_model(settings.model, dtype=dtype, device=device)
         tokens = prompt_tokenizer(tokenizer, base, task, settings)
         model = attach_adapter(base, folder, merge=settings.predict.merge, tokenizer=tokenizer)
         limit = settings.predict.max_new_tokens

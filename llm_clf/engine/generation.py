@@ -45,6 +45,8 @@ class TextGenerator:
     def stream(self, prompt: Sequence[int], write: Callable[[str], None]) -> str:
         """Return the text that follows a prompt, and hand its pieces to `write` as they come.
 
+        White space around an answer is no part of it, as in the chats of ChatGLM's and others' own code.
+
         Ctrl-C ends the answer where it is: the text so far is returned.
         """
         streamer = _piece_streamer(self._tokenizer, write)
@@ -53,7 +55,7 @@ class TextGenerator:
             self._generate(ids, torch.ones_like(ids), streamer=streamer)
         except KeyboardInterrupt:
             streamer.end()
-        return "".join(streamer.pieces)
+        return "".join(streamer.pieces).rstrip()
 
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, **extra: Any) -> torch.Tensor:
         written: torch.Tensor = self._model.generate(
@@ -74,6 +76,8 @@ def _piece_streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             """Take the next piece of text."""
+            if not self.pieces:
+                text = text.lstrip()
             if text:
                 self.pieces.append(text)
                 write(text)

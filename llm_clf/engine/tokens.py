@@ -117,9 +117,10 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> li
         tokenizer: The base's tokenizer; its chat template is used where it has one.
         messages: `{"role": "user" or "assistant", "content": text}` in order.
     """
-    places = {f"{_PLACE}{number}.": message["content"] for number, message in enumerate(messages)}
-    held = [{**message, "content": place} for message, place in zip(messages, places, strict=True)]
-    find_places = re.compile("|".join(map(re.escape, places)))
+    # An empty message stays empty: a template may treat it in its own way.
+    places = {f"{_PLACE}{n}.": message["content"] for n, message in enumerate(messages) if message["content"]}
+    held = [{**message, "content": f"{_PLACE}{n}." if message["content"] else ""} for n, message in enumerate(messages)]
+    find_places = re.compile("|".join(map(re.escape, places)) or "(?!)")
     ids: list[int] = []
     for segment in _segments(tokenizer, held):
         if isinstance(segment, int):
@@ -175,6 +176,9 @@ def _segments(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int
             part = part.rstrip()
         if part:
             segments.append(part)
+    if tokenizer.split_special_tokens and not any(isinstance(segment, int) for segment in segments):
+        # Plain text, for a tokenizer that takes special tokens in a text for text: it puts its prefix there itself.
+        return [*_prefix(tokenizer), *segments]
     return segments
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=_linear_names(model) if settings.target_modules == ALL_LINEAR else settings.target_modules,
-        exclude_modules=settings.exclude_modules,
+        target_modules=_targets(model, settings.target_modules),
+        exclude_modules=_targets(model, settings.exclude_modules or []) or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
     )
@@ -50,6 +51,17 @@ def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
             f"lora.target_modules {settings.target_modules!r}: {str(error).splitlines()[0]} "
             f"The base's linear layers are {', '.join(layers)}."
         ) from error
+
+
+def _targets(model: Any, names: str | list[str]) -> str | list[str]:
+    """Return names of layers as this base has them; ChatGLM's own names mean the native layers made of them."""
+    from llm_clf.models.chatglm.adapters import native_names
+
+    if names == ALL_LINEAR:
+        return _linear_names(model)
+    if isinstance(names, list) and model.config.model_type == "glm":
+        return native_names(names)
+    return names
 
 
 def _linear_names(model: Any) -> list[str]:
@@ -82,7 +94,7 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
 
     Args:
         model: The base.
-        folder: A folder that PEFT saved.
+        folder: A folder that PEFT saved; for a Glm also one that was trained on ChatGLM's own code.
         merge: Whether to merge.
         tokenizer: The base's; compared with the one that was saved beside the adapter, if one was.
 
@@ -91,9 +103,16 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    from llm_clf.models.chatglm.adapters import convert_adapter, is_legacy
+
     if not (folder / CONFIG).is_file():
         raise ArtifactError(f"{folder}: has no {CONFIG}, so it is no adapter.")
     weights = adapter_weights(folder)
+    names = _weight_names(weights)
+    if is_legacy(names):
+        with TemporaryDirectory() as place:
+            convert_adapter(folder, Path(place) / folder.name, model.config)
+            return attach_adapter(model, Path(place) / folder.name, merge=merge, tokenizer=tokenizer)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ArtifactError(
@@ -102,7 +121,6 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
     trained_on = config.get("base_model_name_or_path")
     this = f"{model.config.name_or_path} (the adapter was trained on {trained_on})"
     _require_same_tokenizer(folder, tokenizer, this)
-    names = _weight_names(weights)
     try:
         with _without_peft_notices():
             adapted = PeftModel.from_pretrained(model, str(folder))

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
-from llm_clf.config import DEFAULT_BASE
-from llm_clf.errors import ArtifactError, LlmClfError
-from llm_clf.files import path_of
+from llm_clf.config import DEFAULT_BASE, ModelSettings
+from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
+from llm_clf.files import path_of, read_json
+from llm_clf.models.chatglm.config import ROPE, family_of, is_chatglm, is_chatglm_config, native_config, read_config
+from llm_clf.models.chatglm.tokenizer import MODEL, build_tokenizer, end_ids
+from llm_clf.models.chatglm.weights import native_weights
 from llm_clf.models.devices import DTYPES
+from llm_clf.models.quantization import quantization_config, require_loaded
 
 SHIPPED = Path(__file__).resolve().parent / DEFAULT_BASE
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -42,43 +46,128 @@ def find_base(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> Any:
+def resolve_base(base: ModelSettings) -> tuple[ModelSettings, Path | None]:
+    """Return the settings with what `auto` means for this base, and its folder where it is an original ChatGLM.
+
+    Raises:
+        ArtifactError: The base cannot be found, or is a ChatGLM that cannot be used.
+        ConfigError: A setting for ChatGLM is given for another base, or is needed and missing.
+    """
+    folder = _chatglm_folder(base.name)
+    if folder is None:
+        for key in ("family", "rope_ratio"):
+            if getattr(base, key) != "auto":
+                raise ConfigError(
+                    f"model.{key} {getattr(base, key)}: {base.name} is no original ChatGLM folder, and only such a one "
+                    "leaves it open. Set it to auto."
+                )
+        return base, None
+    read_config(folder)
+    family = family_of(folder, base.family)
+    rope = ROPE[family] if base.rope_ratio == "auto" else base.rope_ratio
+    return base.model_copy(update={"family": family, "rope_ratio": rope}), folder
+
+
+def _chatglm_folder(name: str) -> Path | None:
+    """Return the folder of an original ChatGLM, fetched from the hub where the name is an id; None for other bases."""
+    found = find_base(name)
+    if Path(found).is_dir():
+        return Path(found) if is_chatglm(Path(found)) else None
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    with loading_of(name, "config"):
+        if not is_chatglm_config(read_json(Path(hf_hub_download(name, "config.json")))):
+            return None
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.bin", "*.safetensors", MODEL]))
+
+
+def base_config(base: ModelSettings) -> Any:
+    """Return the base's config as transformers knows it; no weight is read.
+
+    Raises:
+        ArtifactError: It cannot be found, or is of no causal language model.
+    """
+    base, folder = resolve_base(base)
+    if folder is not None:
+        return native_config(folder, rope_ratio=base.rope_ratio)
+    from transformers import AutoConfig
+
+    with loading_of(base.name, "config"):
+        return AutoConfig.from_pretrained(find_base(base.name), trust_remote_code=False)
+
+
+def load_tokenizer(base: ModelSettings) -> Any:
     """Return the base's tokenizer.
 
     Raises:
-        ArtifactError: There is none, or it has no end token.
+        ArtifactError: There is none, it has no end token, or more tokens than the base.
     """
+    base, folder = resolve_base(base)
+    if folder is not None:
+        return _chatglm_tokenizer(base, folder)
     from transformers import AutoTokenizer
 
-    with loading_of(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(find_base(name), trust_remote_code=False)
+    with loading_of(base.name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(find_base(base.name), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
-        raise ArtifactError(f"{name}: its tokenizer has no end token (eos_token), and an answer needs one.")
+        raise ArtifactError(f"{base.name}: its tokenizer has no end token (eos_token), and an answer needs one.")
     return tokenizer
 
 
-def load_model(name: str, *, dtype: str, device: torch.device) -> Any:
+def _chatglm_tokenizer(base: ModelSettings, folder: Path) -> Any:
+    tokenizer = build_tokenizer(folder, family=base.family)
+    rows = read_config(folder)["padded_vocab_size"]
+    if len(tokenizer) > rows:
+        raise ArtifactError(
+            f"{folder}: {MODEL} makes {len(tokenizer)} tokens; config.json (padded_vocab_size) has room for {rows}. "
+            "Give the tokenizer that belongs to the weights."
+        )
+    return tokenizer
+
+
+def load_model(base: ModelSettings, *, dtype: str, device: torch.device) -> Any:
     """Return the base as a causal language model in evaluation mode, frozen, on the device.
+
+    Args:
+        base: Name, quantisation and what an original ChatGLM leaves open.
+        dtype: Type of the weights, and of the computation where they are quantised: a name of DTYPES.
+        device: Where to.
 
     Raises:
         ArtifactError: It cannot be loaded, or its files do not hold all of its weights.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-    with loading_of(name, "model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            find_base(name),
-            dtype=DTYPES[dtype],
-            device_map={"": device},
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+    base, folder = resolve_base(base)
+    options = {
+        "dtype": DTYPES[dtype],
+        "device_map": {"": device},
+        "quantization_config": quantization_config(base.quantization, DTYPES[dtype]),
+        "output_loading_info": True,
+    }
+    if folder is not None:
+        config = native_config(folder, rope_ratio=base.rope_ratio)
+        weights = native_weights(folder, config)
+        with loading_of(base.name, "model"):
+            model, report = GlmForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
+        _require_whole(base.name, report)
+        require_loaded(model, weights, base.name)
+        model.generation_config.eos_token_id = end_ids(folder, family=base.family)
+    else:
+        with loading_of(base.name, "model"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                find_base(base.name), trust_remote_code=False, **options
+            )
+        _require_whole(base.name, report)
+    return model.eval().requires_grad_(False)
+
+
+def _require_whole(name: str, report: Any) -> None:
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise ArtifactError(
             f"{name}: its files lack or mis-shape {len(absent)} weights, first {absent[0]}. Copy it again."
         )
-    return model.eval().requires_grad_(False)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_clf.models.bases import find_base, loading_of
+from llm_clf.config import ModelSettings
+from llm_clf.models.bases import base_config, loading_of
 
 MODES = ("fp32", "bf16", "fp16", "8bit", "4bit")
 QUANTIZED = ("8bit", "4bit")
@@ -240,19 +241,18 @@ def largest_micro_batch(longest: int, mean: float, *, answer: int, batch_size: i
     return MicroBatch(tokens, min(batch_size, math.ceil(tokens / mean)), longest, answer)
 
 
-def empty_model(name: str) -> Any:
+def empty_model(base: ModelSettings) -> Any:
     """Return the base as its config describes it, on the meta device: shapes without weights.
 
     Raises:
         ArtifactError: The config cannot be found, or is of no causal language model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with loading_of(name, "config"):
-        config = AutoConfig.from_pretrained(find_base(name), trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    config = base_config(base)
+    with loading_of(base.name, "config"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def base_shape(model: Any) -> BaseShape:
