@@ -71,8 +71,8 @@ class TrainSettings(Section):
     """Passes over the training rows."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per optimiser step."""
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 4096
-    """Most padded tokens in one forward and backward; does not change the result."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Most padded tokens in one forward and backward; auto: what fits. Does not change the result."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Highest learning rate."""
     schedule: Schedule = "cosine"
@@ -89,8 +89,8 @@ class TrainSettings(Section):
     """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
     seed: Annotated[int, Field(ge=0, le=10**9)] = 42
     """Seed of the adapter's initial weights, of dropout and of the order of rows."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time; auto: where it is needed."""
 
     @field_validator("class_weights", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,16 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def prompts(many_rows: Path, short_task: Path, tmp_path: Path) -> Path:
+    """Return a prompts folder of 40 rows, with some to train, to validate and to test."""
+    from llm_clf.commands.build_prompts import build_prompts
+
+    folder = tmp_path / "prompts"
+    build_prompts([many_rows], task=short_task, out=folder, split="0.6,0.2,0.2")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base(make_base: Callable[..., Path]) -> Path:
     """Return the tiny base that most tests use."""
@@ -189,3 +200,116 @@ def short_task(tmp_path: Path) -> Path:
     file = tmp_path / "short.yaml"
     file.write_text(SHORT_TASK, encoding="utf-8")
     return file
+
+
+SMALL_SENTENCEPIECE = Path(__file__).resolve().parent / "golden" / "tokenizer" / "small_sp.model"
+CHATGLM_SIZES = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "multi_query_group_num": 2,
+    "kv_channels": 16,
+    "ffn_hidden_size": 96,
+    # The small tokenizer has 3000 pieces, and a ChatGLM3 nine tokens more; the rest is padding.
+    "padded_vocab_size": 3072,
+    "seq_length": 512,
+}
+
+
+def chatglm_weights(sizes: dict[str, int], *, seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 0.2):
+    """Return random weights under the original names, in the order in which they lie in the files."""
+    heads, groups, width, inner, tokens, hidden = (
+        sizes[key]
+        for key in (
+            "num_attention_heads",
+            "multi_query_group_num",
+            "kv_channels",
+            "ffn_hidden_size",
+            "padded_vocab_size",
+            "hidden_size",
+        )
+    )
+    rows = (heads + 2 * groups) * width
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (tokens, hidden)}
+    for number in range(sizes["num_layers"]):
+        layer = f"encoder.layers.{number}."
+        shapes |= {
+            f"{layer}input_layernorm.weight": (hidden,),
+            f"{layer}self_attention.query_key_value.weight": (rows, hidden),
+            f"{layer}self_attention.query_key_value.bias": (rows,),
+            f"{layer}self_attention.dense.weight": (hidden, heads * width),
+            f"{layer}post_attention_layernorm.weight": (hidden,),
+            f"{layer}mlp.dense_h_to_4h.weight": (2 * inner, hidden),
+            f"{layer}mlp.dense_4h_to_h.weight": (hidden, inner),
+        }
+    shapes |= {"encoder.final_layernorm.weight": (hidden,), "output_layer.weight": (tokens, hidden)}
+    draw = torch.Generator().manual_seed(seed)
+    # Large enough that answers differ, and no norm gain or bias is what a fresh model has.
+    weights = {
+        f"transformer.{name}": (torch.randn(shape, generator=draw) * spread + ("layernorm" in name)).to(dtype)
+        for name, shape in shapes.items()
+    }
+    return {"transformer.rotary_pos_emb.inv_freq": torch.ones(width // 4, dtype=dtype), **weights}
+
+
+def save_chatglm(folder: Path, shards: list[dict[str, torch.Tensor]], form: str = "bin") -> None:
+    """Write weights as the files of an original folder and their index, in place of those that are there."""
+    from safetensors.torch import save_file
+
+    for old in [*folder.glob("*.bin"), *folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        old.unlink()
+    stem, suffix = ("pytorch_model", ".bin") if form == "bin" else ("model", ".safetensors")
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
+        if form == "bin":
+            torch.save(shard, folder / name)
+        else:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, name)
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+@pytest.fixture(scope="session")
+def make_chatglm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that makes an original ChatGLM folder; the same one for the same words.
+
+    Its words: family, file format (bin or safetensors), type of the weights, number of files, seed, spread of the
+    weights, and sizes as config.json names them.
+    """
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(
+        family: str = "chatglm2",
+        *,
+        form: str = "bin",
+        dtype: torch.dtype = torch.float32,
+        shards: int = 3,
+        seed: int = 0,
+        spread: float = 0.2,
+        **sizes: int,
+    ) -> Path:
+        key = (family, form, dtype, shards, seed, spread, *sorted(sizes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"original-{form}")
+            config = CHATGLM_SIZES | sizes
+            facts = {
+                "_name_or_path": f"THUDM/{family}-6b",
+                "model_type": "chatglm",
+                "architectures": ["ChatGLMModel"],
+                "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+                "add_bias_linear": False,
+                "add_qkv_bias": True,
+                "layernorm_epsilon": 1e-5,
+                "multi_query_attention": True,
+                "torch_dtype": str(dtype).removeprefix("torch."),
+            }
+            (folder / "config.json").write_text(json.dumps(facts | config, indent=2))
+            weights = list(chatglm_weights(config, seed=seed, dtype=dtype, spread=spread).items())
+            each = -(-len(weights) // shards)
+            save_chatglm(folder, [dict(weights[i : i + each]) for i in range(0, len(weights), each)], form)
+            shutil.copy(SMALL_SENTENCEPIECE, folder / "tokenizer.model")
+            made[key] = folder
+        return made[key]
+
+    return make

@@ -657,7 +657,7 @@ def _(place: Place) -> tuple[object, ...]:
     return ("finetune", "prompts", "--model", place.path("rows.csv"), "--out", "new")
 
 
-@kind("a base whose config is broken", "base: the tokenizer cannot be loaded", "config.json")
+@kind("a base whose config is broken", "base: the config cannot be loaded", "config.json")
 def _(place: Place) -> tuple[object, ...]:
     place.write("base/config.json", "{")
     return place.finetune()

@@ -127,6 +127,7 @@ LORA = {
         "rank_pattern": {"transformer.encoder.layers.0.self_attention.query_key_value": 9},
         "alpha_pattern": {"query_key_value": 2},
     },
+    "alpha by an expression": {"target_modules": FOUR, "alpha_pattern": {"dense|to_h": 9}},
     "some layers": {"target_modules": FOUR, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
     "layers that differ": {
         "target_modules": r".*layers\.(0\.self_attention\.query_key_value|2\.mlp\.dense_h_to_4h)",
@@ -361,6 +362,7 @@ def test_a_pattern_that_peft_has_read_in_two_ways_is_asked_about(tmp_path: Path)
         ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS': expected CAUSAL_LM"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_alpha": "32"}, "lora_alpha is '32'"),
         ({"lora_dropout": "a"}, "lora_dropout is 'a'"),
         ({"alpha_pattern": [1]}, "alpha_pattern is [1]"),
@@ -490,16 +492,27 @@ def test_a_p_tuning_checkpoint_is_known_as_such(tmp_path: Path) -> None:
     refused(source, tmp_path, "no PEFT adapter; this looks like a P-Tuning checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda weights, v: {v: weights[v] + 1e-3}, "query_key_value.lora_B came out other"),
+        (lambda weights, v: {v: weights[v.replace("v_proj", "k_proj")]}, "query_key_value.lora_B came out other"),
+        (lambda weights, v: {name: weight.double() for name, weight in weights.items()}, "came out other"),
+        (lambda weights, v: {"more": torch.ones(1)}, "with weights that it does not have, first more"),
+    ],
+    ids=["value", "swapped", "type", "more"],
+)
 def test_weights_that_come_out_other_than_they_went_in_are_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., dict[str, torch.Tensor]], says: str
 ) -> None:
     def save_wrong(weights: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-        name = next(name for name in sorted(weights) if "2.self_attn.v_proj.lora_B" in name)
-        save_file(weights | {name: weights[name] + 1e-3}, file, metadata=metadata)
+        name = "base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"
+        wrong = {name: weight.clone() for name, weight in fault(weights, name).items()}
+        save_file(weights | wrong, file, metadata=metadata)
 
     source = write_legacy(tmp_path / "legacy", legacy_weights())
     monkeypatch.setattr(adapters, "save_file", save_wrong)
-    refused(source, tmp_path, "transformer.encoder.layers.2.self_attention.query_key_value.lora_B came out other")
+    refused(source, tmp_path, says)
 
 
 def test_what_stood_at_the_target_is_replaced_whole(tmp_path: Path) -> None:

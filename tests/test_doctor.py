@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from llm_clf.commands.build_prompts import build_prompts
 from llm_clf.commands.doctor import PACKAGES, SUMS, doctor, doctor_text, shipped_faults
 from llm_clf.config import LoraSettings, ModelSettings
 from llm_clf.errors import ArtifactError, DataError
 from llm_clf.models.adapters import new_adapter
 from llm_clf.models.bases import SHIPPED
 from llm_clf.models.memory import (
+    DTYPE_BYTES,
     MODES,
     RETAINED_BYTES,
-    RUNNABLE,
     RUNTIME_BYTES,
     AdapterShape,
     BaseShape,
@@ -37,13 +36,6 @@ from llm_clf.models.memory import (
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
     return doctor()
-
-
-@pytest.fixture
-def prompts(many_rows: Path, short_task: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "prompts"
-    build_prompts([many_rows], task=short_task, out=folder)
-    return folder
 
 
 def test_facts_are_complete_and_plain(facts: dict[str, Any]) -> None:
@@ -175,7 +167,7 @@ def test_estimate_of_a_tiny_base_by_hand(base: Path) -> None:
 
     def found(mode: str, **changes: Any) -> Any:
         options = {"device": "cpu", "dropout": False, "checkpointing": False, **changes}
-        return estimate(mode, shape, adapter, batch, **options)
+        return estimate(mode, DTYPE_BYTES.get(mode, 2), shape, adapter, batch, **options)
 
     fp32 = found("fp32")
     assert fp32.weights == 4 * PARAMETERS and fp32.adapter == 16 * ADAPTER
@@ -199,7 +191,7 @@ def test_estimate_of_a_tiny_base_by_hand(base: Path) -> None:
 
 def test_logits_are_the_workspace_of_a_large_vocabulary() -> None:
     base = BaseShape(10, ((8, 8),), layers=1, hidden=8, attention=8, intermediate=8, vocabulary=100_000)
-    assert workspace_bytes("fp32", base, MicroBatch(64, 4, 16, 3)) == 4 * 4 * 100_000 * 16 + 64 * 16 * 4
+    assert workspace_bytes("fp32", 4, base, MicroBatch(64, 4, 16, 3)) == 4 * 4 * 100_000 * 16 + 64 * 16 * 4
 
 
 def test_the_allocator_holds_back_only_so_much() -> None:
@@ -214,7 +206,7 @@ def test_a_micro_batch_holds_a_row_that_is_longer_than_the_budget() -> None:
 @pytest.mark.parametrize("family", ["glm", "llama", "qwen2", "gpt2", "gpt_neox", "bloom"])
 def test_fewer_bits_take_less(make_base: Any, family: str) -> None:
     shape = base_shape(empty_model(ModelSettings(name=str(make_base(family)))))
-    size = {mode: weight_bytes(mode, shape) for mode in MODES}
+    size = {mode: weight_bytes(mode, DTYPE_BYTES.get(mode, 2), shape) for mode in MODES}
     assert size["4bit"] < size["8bit"] < size["fp16"] == size["bf16"] < size["fp32"]
 
 
@@ -259,7 +251,16 @@ def test_activations_are_what_autograd_keeps(family: str, mode: str, dropout: fl
     shape = base_shape(model)
     adapted = new_adapter(model, LoraSettings(r=4, dropout=dropout), seed=0).train()
     batch = MicroBatch(tokens=4 * 32, rows=4, longest=32, answer=1)
-    found = estimate(mode, shape, adapter_shape(adapted), batch, device="cpu", dropout=dropout > 0, checkpointing=False)
+    found = estimate(
+        mode,
+        DTYPE_BYTES[mode],
+        shape,
+        adapter_shape(adapted),
+        batch,
+        device="cpu",
+        dropout=dropout > 0,
+        checkpointing=False,
+    )
     assert found.activations == pytest.approx(kept_bytes(adapted, 4, 32), rel=0.1)
 
 
@@ -282,8 +283,8 @@ def test_parameters_of_a_chatglm2_6b() -> None:
         model = AutoModelForCausalLM.from_config(config)
     shape = base_shape(model)
     assert shape.parameters == 6_243_584_000
-    assert weight_bytes("fp16", shape) == 12_487_168_000
-    assert 3.9e9 < weight_bytes("4bit", shape) < 4.2e9 and 6.7e9 < weight_bytes("8bit", shape) < 6.9e9
+    assert weight_bytes("fp16", 2, shape) == 12_487_168_000
+    assert 3.9e9 < weight_bytes("4bit", 2, shape) < 4.2e9 and 6.7e9 < weight_bytes("8bit", 2, shape) < 6.9e9
     adapter = adapter_shape(new_adapter(model, LoraSettings(r=8), seed=0))
     assert adapter.parameters == 28 * 8 * (8192 + 2 * (4096 + 256) + 8192 + (4096 + 27392) + (13696 + 4096))
     assert adapter_bytes(adapter.parameters) == 16 * adapter.parameters
@@ -293,16 +294,17 @@ def test_estimate_without_rows_takes_the_longest_allowed(base: Path) -> None:
     facts = doctor(model=str(base))
     found = facts["estimate"]
     assert json.loads(json.dumps(facts)) == facts
-    assert found["is_estimate"] and list(found["modes"]) == list(RUNNABLE) and found["parameters"] == PARAMETERS
+    assert found["is_estimate"] and list(found["modes"]) == list(MODES) and found["parameters"] == PARAMETERS
     assert found["adapter_parameters"] == ADAPTER
     assert found["rows"]["measured"] is False and found["rows"]["longest_tokens"] == 512
     text = doctor_text(facts)
     assert "ESTIMATES" in text and "every row is taken to be 512 tokens long" in text
-    for mode in RUNNABLE:
+    for mode in MODES:
         sizes = found["modes"][mode]
         assert sizes["fits"] == (sizes["peak_bytes"] <= found["free_bytes"])
         line = next(line for line in text.splitlines() if line.startswith(f"{mode} "))
-        assert line.endswith("yes" if sizes["fits"] else "no")
+        assert line.split()[-3:] == ["yes" if sizes["fits"] else "no", "4,096", "no"]
+        assert (" * " in line) == (mode == found["mode"])
 
 
 def test_estimate_measures_the_training_rows(base: Path, prompts: Path) -> None:
@@ -325,10 +327,10 @@ def test_estimate_measures_the_training_rows(base: Path, prompts: Path) -> None:
         "rows": len(lengths),
         "longest_tokens": max(lengths),
         "mean_tokens": round(sum(lengths) / len(lengths), 1),
-        "answer_tokens": 2,
         "cut": 0,
     }
-    assert found["micro_batch_tokens"] == min(4096, 16 * max(lengths))
+    for sizes in found["modes"].values():
+        assert sizes["micro_batch_tokens"] == 4096 and not sizes["gradient_checkpointing"]
 
 
 def test_rows_without_a_model_are_of_the_default_base(

@@ -25,13 +25,6 @@ from llm_clf.files import partial_name
 FAST = ["train.learning_rate=0.004", "model.dtype=fp32", "lora.dropout=0", "train.batch_size=8", "data.max_length=96"]
 
 
-@pytest.fixture
-def prompts(many_rows: Path, short_task: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "prompts"
-    llm_clf.build_prompts([many_rows], task=short_task, out=folder, split="0.6,0.2,0.2")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Path, Path]:
     """Return prompts and a run that learned them, made through the command line."""

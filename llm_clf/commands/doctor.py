@@ -6,7 +6,7 @@ import string
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llm_clf
 from llm_clf.commands.finetune import resolve_settings
@@ -33,6 +33,9 @@ PACKAGES = (
     "typer",
     "scikit-learn",
 )
+if TYPE_CHECKING:
+    from llm_clf.models.budget import RowLengths
+
 # Rows tokenised at once, so that a large prompts folder is not held as tokens.
 CHUNK = 1024
 
@@ -54,6 +57,7 @@ def doctor(*, model: str | None = None, set: Sequence[str] = (), data: str | Pat
     quiet_libraries()
     cuda = _cuda()
     memory = _memory()
+    free = cuda["cards"][0]["free_bytes"] if cuda["cards"] else memory["available_bytes"]
     settings = resolve_settings(model, None, set)
     faults = shipped_faults(SHIPPED)
     return {
@@ -68,7 +72,7 @@ def doctor(*, model: str | None = None, set: Sequence[str] = (), data: str | Pat
         "versions": package_versions(PACKAGES),
         "finetune": _finetune_choice(settings),
         "shipped_base": {"name": DEFAULT_BASE, "whole": not faults, "faults": faults},
-        "estimate": None if model is None and data is None else _estimate(settings, data, memory, cuda),
+        "estimate": None if model is None and data is None else _estimate(settings, data, free),
     }
 
 
@@ -197,41 +201,27 @@ def _finetune_choice(settings: Settings) -> dict[str, str]:
     }
 
 
-def _estimate(
-    settings: Settings, data: str | Path | None, memory: dict[str, int], cuda: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the estimated memory of a training in every mode, and whether it fits into what is free now."""
-    from llm_clf.models.adapters import new_adapter
-    from llm_clf.models.devices import choose_device
-    from llm_clf.models.memory import RUNNABLE, adapter_shape, base_shape, empty_model, estimate, largest_micro_batch
+def _estimate(settings: Settings, data: str | Path | None, free: int) -> dict[str, Any]:
+    """Return the estimated memory of a training in every mode, cut as finetune would, and whether it fits."""
+    from llm_clf.models.bases import resolve_base
+    from llm_clf.models.budget import Shapes, mode_of, plan_training
+    from llm_clf.models.devices import choose_device, choose_dtype
+    from llm_clf.models.memory import DTYPE_BYTES, MODES, QUANTIZED, empty_model
 
-    name, train = settings.model.name, settings.train
     # Broken rows show before anything of the base is read.
     prompts = None if data is None else _training_prompts(Path(data))
+    device = choose_device()
+    dtype = choose_dtype(settings.model.dtype, device)
+    base, _ = resolve_base(settings.model)
+    settings = settings.model_copy(update={"model": base.model_copy(update={"dtype": dtype})})
     model = empty_model(settings.model)
-    base = base_shape(model)
-    rows = _row_lengths(model, prompts, settings)
-    adapter = adapter_shape(new_adapter(model, settings.lora, seed=train.seed))
-    batch = largest_micro_batch(
-        rows["longest_tokens"],
-        rows["mean_tokens"],
-        answer=rows["answer_tokens"],
-        batch_size=train.batch_size,
-        budget=train.micro_batch_tokens,
-    )
-    device = choose_device().type
-    free = cuda["cards"][0]["free_bytes"] if device == "cuda" else memory["available_bytes"]
+    lengths, facts = _row_lengths(model, prompts, settings)
+    shapes = Shapes.of(model, settings)
     modes = {}
-    for mode in RUNNABLE:
-        found = estimate(
-            mode,
-            base,
-            adapter,
-            batch,
-            device=device,
-            dropout=settings.lora.dropout > 0,
-            checkpointing=train.gradient_checkpointing,
-        )
+    for mode in MODES:
+        size = DTYPE_BYTES[dtype if mode in QUANTIZED else mode]
+        plan = plan_training(mode, size, shapes, lengths, settings, device=device.type, free=free)
+        found = plan.estimate
         modes[mode] = {
             "weights_bytes": found.weights,
             "adapter_bytes": found.adapter,
@@ -239,19 +229,20 @@ def _estimate(
             "workspace_bytes": found.workspace,
             "runtime_bytes": found.runtime,
             "peak_bytes": found.peak,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "gradient_checkpointing": plan.gradient_checkpointing,
             "fits": found.peak <= free,
         }
     return {
         "is_estimate": True,
-        "base": name,
-        "parameters": base.parameters,
-        "adapter_parameters": adapter.parameters,
+        "base": settings.model.name,
+        "parameters": shapes.base.parameters,
+        "adapter_parameters": shapes.adapter.parameters,
         "lora_r": settings.lora.r,
-        "rows": rows,
-        "micro_batch_tokens": batch.tokens,
-        "gradient_checkpointing": train.gradient_checkpointing,
-        "device": device,
+        "rows": facts,
+        "device": device.type,
         "free_bytes": free,
+        "mode": mode_of(settings.model),
         "modes": modes,
     }
 
@@ -267,23 +258,20 @@ def _training_prompts(folder: Path) -> tuple[Task, list[Prompt]]:
     return task, prompts
 
 
-def _row_lengths(model: Any, prompts: tuple[Task, list[Prompt]] | None, settings: Settings) -> dict[str, Any]:
-    """Return how long a row is with its answer, in tokens: measured, or without rows the most that is allowed."""
+def _row_lengths(
+    model: Any, prompts: tuple[Task, list[Prompt]] | None, settings: Settings
+) -> tuple["RowLengths", dict[str, Any]]:
+    """Return how long rows are with their answers: measured, or without rows the most that is allowed."""
     from llm_clf.engine.classifier import prompt_tokenizer
     from llm_clf.models.bases import context_length, load_tokenizer
+    from llm_clf.models.budget import RowLengths
     from llm_clf.models.memory import ANSWER_TOKENS
 
     if prompts is None:
         limit = context_length(model.config)
         most = min(settings.data.max_length, limit) if limit else settings.data.max_length
-        return {
-            "measured": False,
-            "rows": None,
-            "longest_tokens": most,
-            "mean_tokens": float(most),
-            "answer_tokens": ANSWER_TOKENS,
-            "cut": None,
-        }
+        facts = {"measured": False, "rows": None, "longest_tokens": most, "mean_tokens": float(most), "cut": None}
+        return RowLengths(most, float(most), ANSWER_TOKENS), facts
     task, rows = prompts
     tokens = prompt_tokenizer(load_tokenizer(settings.model), model, task, settings)
     longest = total = cut = 0
@@ -292,14 +280,10 @@ def _row_lengths(model: Any, prompts: tuple[Task, list[Prompt]] | None, settings
         for prompt, example in zip(some, tokens.encode(some), strict=True):
             length = len(example.ids) + len(tokens.answer(prompt.label or ""))
             longest, total, cut = max(longest, length), total + length, cut + example.cut
-    return {
-        "measured": True,
-        "rows": len(rows),
-        "longest_tokens": longest,
-        "mean_tokens": round(total / len(rows), 1),
-        "answer_tokens": max(len(tokens.answer(name)) for name in task.names),
-        "cut": cut,
-    }
+    answer = max(len(tokens.answer(name)) for name in task.names)
+    mean = round(total / len(rows), 1)
+    facts = {"measured": True, "rows": len(rows), "longest_tokens": longest, "mean_tokens": mean, "cut": cut}
+    return RowLengths(longest, mean, answer), facts
 
 
 def doctor_text(facts: dict[str, Any]) -> str:
@@ -360,7 +344,13 @@ def _estimate_text(found: dict[str, Any]) -> str:
     where = "on the CUDA card" if found["device"] == "cuda" else "in RAM"
     names = ("weights", "adapter", "activations", "workspace", "runtime", "peak")
     modes = [
-        [mode, *(_size(sizes[f"{name}_bytes"]) for name in names), _yes(sizes["fits"])]
+        [
+            f"{mode}{' *' if mode == found['mode'] else ''}",
+            *(_size(sizes[f"{name}_bytes"]) for name in names),
+            _yes(sizes["fits"]),
+            f"{sizes['micro_batch_tokens']:,}",
+            _yes(sizes["gradient_checkpointing"]),
+        ]
         for mode, sizes in found["modes"].items()
     ]
     return "\n".join(
@@ -369,10 +359,9 @@ def _estimate_text(found: dict[str, Any]) -> str:
             f"{found['parameters']:,} weights, {found['adapter_parameters']:,} in the adapter (r {found['lora_r']}; "
             "with gradients and AdamW's state below)",
             lengths,
-            f"micro-batch: {found['micro_batch_tokens']:,} padded tokens, gradient checkpointing "
-            f"{'on' if found['gradient_checkpointing'] else 'off'}; free {where}: {_size(found['free_bytes'])}",
+            f"free {where}: {_size(found['free_bytes'])}; * is the mode that the settings choose here",
             "",
-            table(["mode", *names, "fits"], modes),
+            table(["mode", *names, "fits", "micro-batch", "checkpointing"], modes),
         ]
     )
 

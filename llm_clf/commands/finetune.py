@@ -32,6 +32,7 @@ from llm_clf.prompting.tasks import Task, load_task
 from llm_clf.runs import (
     ADAPTER,
     CHECKPOINTS,
+    CONFIG,
     LOG,
     METRICS,
     VALID_PREDICTIONS,
@@ -44,6 +45,7 @@ from llm_clf.runs import (
 )
 
 INPUTS = "inputs.json"
+CHECKPOINTED = ("", ", activations computed again in the backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,18 @@ class _Data:
     @property
     def validates(self) -> bool:
         return any(prompt.label is not None for prompt in self.valid)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The training rows as tokens."""
+
+    tokenizer: Any
+    tokens: Any
+    """What made them, and makes those of the validation rows: a PromptTokenizer."""
+    examples: list[Any]
+    cut: int
+    """How many were cut to fit."""
 
 
 def finetune(
@@ -182,7 +196,9 @@ def _check_settings(settings: Settings, data: _Data) -> None:
 def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> None:
     """Fill the unfinished run folder; its run.json comes last."""
     from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
+    from llm_clf.models.budget import mode_of
     from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
+    from llm_clf.models.memory import empty_model
 
     started, clock = datetime.now(UTC), time.monotonic()
     quiet_libraries()
@@ -191,10 +207,19 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     resolved, _ = resolve_base(settings.model)
     settings = settings.model_copy(update={"model": resolved.model_copy(update={"dtype": dtype})})
     base = base_identity(settings.model.name)
-    _claim(folder, settings, data, base, resume=resume)
-    say(f"Base {settings.model.name} in {dtype} on {describe(device)}.")
+    empty = empty_model(settings.model)
+    rows = _tokenize(empty, data, settings)
+    if _claim(folder, settings, data, base, resume=resume):
+        settings = load_settings([folder / CONFIG])
+    else:
+        settings = _cut_to_memory(settings, empty, rows, device)
+        save_inputs(folder, data.task, settings)
+    say(
+        f"Base {settings.model.name} in {mode_of(settings.model)} on {describe(device)}; micro-batches of "
+        f"{settings.train.micro_batch_tokens:,} tokens{CHECKPOINTED[bool(settings.train.gradient_checkpointing)]}."
+    )
 
-    trained = _fit(settings, data, folder, device)
+    trained = _fit(settings, data, folder, device, rows)
     _score_validation(settings, data, folder)
     facts = {
         "kind": "lora",
@@ -234,21 +259,39 @@ def _drop_fruitless(unfinished: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str, Any]:
+def _cut_to_memory(settings: Settings, empty: Any, rows: _Rows, device: Any) -> Settings:
+    """Return the settings with what `auto` means for the memory that is free now.
+
+    Raises:
+        ConfigError: The training would not fit.
+    """
+    from llm_clf.models.budget import RowLengths, Shapes, free_memory, mode_of, plan_training, require_fit
+    from llm_clf.models.memory import DTYPE_BYTES
+
+    sizes = [len(example.ids) + len(example.answer) for example in rows.examples]
+    answer = max(len(example.answer) for example in rows.examples)
+    lengths = RowLengths(max(sizes), sum(sizes) / len(sizes), answer)
+    shapes, mode, size = Shapes.of(empty, settings), mode_of(settings.model), DTYPE_BYTES[settings.model.dtype]
+    free = free_memory(device)
+    plan = plan_training(mode, size, shapes, lengths, settings, device=device.type, free=free)
+    require_fit(mode, size, plan, shapes, lengths, settings, device=device.type, free=free)
+    found = {"micro_batch_tokens": plan.micro_batch_tokens, "gradient_checkpointing": plan.gradient_checkpointing}
+    return settings.model_copy(update={"train": settings.train.model_copy(update=found)})
+
+
+def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     """Train and save the adapter; return what run.json says of it."""
-    from llm_clf.engine.classifier import Classifier, prompt_tokenizer
+    from llm_clf.engine.classifier import Classifier
     from llm_clf.engine.training import train
     from llm_clf.models.adapters import new_adapter, save_adapter, trainable
-    from llm_clf.models.bases import load_model, load_tokenizer
+    from llm_clf.models.bases import load_model
 
-    tokenizer = load_tokenizer(settings.model)
     base = load_model(settings.model, dtype=settings.model.dtype, device=device)
-    tokens = prompt_tokenizer(tokenizer, base, data.task, settings)
     model = new_adapter(base, settings.lora, seed=settings.train.seed)
-    examples, cut = _training_examples(tokens, data, settings)
+    tokens, examples = rows.tokens, rows.examples
     parameters = sum(parameter.numel() for parameter in trainable(model))
     say(
-        f"{len(examples):,} training rows ({cut:,} cut to fit, {data.unlabelled:,} without a label left out), "
+        f"{len(examples):,} training rows ({rows.cut:,} cut to fit, {data.unlabelled:,} without a label left out), "
         f"{len(data.valid):,} validation rows; {parameters:,} adapter weights."
     )
     classifier = Classifier(model, tokens, batch_tokens=settings.predict.batch_tokens)
@@ -265,12 +308,12 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str
         )
     finally:
         accelerator.end_training()
-    save_adapter(model, folder / ADAPTER, base=settings.model.name, tokenizer=tokenizer)
+    save_adapter(model, folder / ADAPTER, base=settings.model.name, tokenizer=rows.tokenizer)
     return {
         "adapter": {"hash": file_hash(folder / ADAPTER / "adapter_model.safetensors"), "parameters": parameters},
         "rows": {
             "train": len(examples),
-            "train_cut": cut,
+            "train_cut": rows.cut,
             "train_unlabelled": data.unlabelled,
             "valid": len(data.valid),
         },
@@ -286,10 +329,14 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any) -> dict[str
     }
 
 
-def _training_examples(tokens: Any, data: _Data, settings: Settings) -> tuple[list[Any], int]:
-    """Return the training rows as tokens with their answers, and how many were cut."""
+def _tokenize(base: Any, data: _Data, settings: Settings) -> _Rows:
+    """Return the training rows as tokens with their answers."""
+    from llm_clf.engine.classifier import prompt_tokenizer
     from llm_clf.engine.training import TrainingExample, row_weights
+    from llm_clf.models.bases import load_tokenizer
 
+    tokenizer = load_tokenizer(settings.model)
+    tokens = prompt_tokenizer(tokenizer, base, data.task, settings)
     encoded = tokens.encode(data.train)
     labels = [prompt.label for prompt in data.train if prompt.label is not None]
     weights = row_weights(labels, settings.train.class_weights)
@@ -297,11 +344,11 @@ def _training_examples(tokens: Any, data: _Data, settings: Settings) -> tuple[li
         TrainingExample(example.ids, tokens.answer(label), weight)
         for example, label, weight in zip(encoded, labels, weights, strict=True)
     ]
-    return examples, sum(example.cut for example in encoded)
+    return _Rows(tokenizer, tokens, examples, sum(example.cut for example in encoded))
 
 
-def _claim(folder: Path, settings: Settings, data: _Data, base: dict[str, Any], *, resume: bool) -> None:
-    """Make the unfinished run folder, or check that the one there belongs to the same training.
+def _claim(folder: Path, settings: Settings, data: _Data, base: dict[str, Any], *, resume: bool) -> bool:
+    """Make the unfinished run folder, or check that the one there belongs to the same training; return whether it does.
 
     Raises:
         ConfigError: Settings, prompts or base are not those that the interrupted training had.
@@ -323,11 +370,11 @@ def _claim(folder: Path, settings: Settings, data: _Data, base: dict[str, Any], 
                 f"{folder}: cannot go on, these have changed since: {', '.join(changed)}. "
                 "Give the former ones, or --overwrite to start anew."
             )
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / CHECKPOINTS).mkdir(parents=True)
-        save_inputs(folder, data.task, settings)
-        write_json(folder / INPUTS, inputs)
+        return (folder / CONFIG).is_file()
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / CHECKPOINTS).mkdir(parents=True)
+    write_json(folder / INPUTS, inputs)
+    return False
 
 
 def _accelerator(settings: Settings, device: Any, folder: Path) -> Any:

@@ -1,5 +1,6 @@
 """An original ChatGLM folder as a standard transformers folder, shard by shard."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,14 @@ from llm_clf.files import (
 )
 
 Only = Literal["all", "weights", "tokenizer"]
+HEEDED = ("model.family", "model.rope_ratio")
 INDEX = "model.safetensors.index.json"
+# What stands in a folder that is finished.
+MADE: dict[Only, tuple[str, ...]] = {
+    "all": ("config.json", "tokenizer_config.json"),
+    "weights": ("config.json",),
+    "tokenizer": ("tokenizer_config.json",),
+}
 
 
 def import_chatglm(
@@ -43,7 +51,7 @@ def import_chatglm(
         source: The original folder.
         out: The new folder; until it is complete it stands beside its place as `out.partial`.
         only: `weights` (with config and generation config), `tokenizer` (with chat template), or all.
-        set: Settings of the section model: `model.family=…`, `model.rope_ratio=…`.
+        set: `model.family=…`, `model.rope_ratio=…` where the folder leaves them open.
         resume: Go on with what an interrupted import left.
         overwrite: Replace `out`.
 
@@ -53,11 +61,11 @@ def import_chatglm(
     if only not in get_args(Only):
         raise ConfigError(f"--only {only!r}: allowed are {', '.join(get_args(Only))}.")
     place, folder = path_of(out), path_of(source)
-    if resume and place.exists():
+    if resume and all((place / name).is_file() for name in MADE[only]):
         say(f"{place} is finished; nothing to do.")
         return
     require_free(place, overwrite=overwrite, what="something")
-    if place.exists() and not (place.is_dir() and ((place / "config.json").exists() or not any(place.iterdir()))):
+    if place.exists() and not _may_be_replaced(place):
         raise ConfigError(f"{place}: is no model folder, so --overwrite leaves it alone. Give another DIR.")
     require_apart(place, [folder])
     base = _base(folder, set)
@@ -76,45 +84,74 @@ def import_chatglm(
     say(f"The model is in {place}.")
 
 
+def _may_be_replaced(place: Path) -> bool:
+    """Whether a folder holds a model or a tokenizer, or nothing."""
+    return place.is_dir() and (any((place / name).is_file() for name in MADE["all"]) or not any(place.iterdir()))
+
+
 def _base(folder: Path, overrides: Sequence[str]) -> ModelSettings:
     from llm_clf.models.chatglm.config import is_chatglm
 
     if not is_chatglm(folder):
         found = "none" if not (folder / "config.json").is_file() else "one of another model, or damaged"
         raise ArtifactError(
-            f"{folder}: is no original ChatGLM folder: expected a config.json whose model_type is chatglm, found {found}. "
-            "Give the folder that was downloaded."
+            f"{folder}: is no original ChatGLM folder: expected a config.json whose model_type is chatglm, found "
+            f"{found}. Give the folder that was downloaded."
         )
-    return load_settings(overrides=[*overrides, f"model.name={folder}"]).model
+    for override in overrides:
+        if override.partition("=")[0].strip() not in HEEDED:
+            raise ConfigError(
+                f"--set {override!r}: an import heeds {' and '.join(HEEDED)} only; weights keep their type."
+            )
+    return load_settings(overrides=[*overrides, f"model.name={json.dumps(str(folder))}"]).model
 
 
 def _import(base: ModelSettings, folder: Path, target: Path, only: Only) -> None:
+    from llm_clf.models.adapters import save_tokenizer
     from llm_clf.models.bases import load_tokenizer, quiet_libraries, resolve_base
-    from llm_clf.models.chatglm.config import native_config
     from llm_clf.models.chatglm.tokenizer import end_ids
 
     quiet_libraries()
     base, _ = resolve_base(base)
+    # What is wrong with the source shows before anything is written.
+    tokenizer = load_tokenizer(base) if only != "weights" else None
+    ends = end_ids(folder, family=base.family)
+    config, names = _check_weights(base, folder) if only != "tokenizer" else (None, [])
     target.mkdir(parents=True, exist_ok=True)
-    if only != "weights":
-        load_tokenizer(base).save_pretrained(str(target))
-    if only != "tokenizer":
+    _clear(target, keep=names)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, target)
+    if config is not None:
         from transformers import GenerationConfig
 
-        config = native_config(folder, rope_ratio=base.rope_ratio)
-        _import_weights(folder, config, target)
+        _import_weights(folder, config, target, names)
         config.save_pretrained(str(target))
-        ends = end_ids(folder, family=base.family)
         GenerationConfig(
             eos_token_id=ends if len(ends) > 1 else ends[0], pad_token_id=config.pad_token_id
         ).save_pretrained(str(target))
 
 
-def _import_weights(folder: Path, config: Any, target: Path) -> None:
-    """Write the shards that are not there yet, then compare all of them with the original."""
-    from llm_clf.models.chatglm.weights import find_shards, native_shards
+def _check_weights(base: ModelSettings, folder: Path) -> tuple[Any, list[str]]:
+    """Return the native config of a folder whose weights are all there and fit it, and the names of the new files."""
+    from llm_clf.models.chatglm.config import native_config
+    from llm_clf.models.chatglm.weights import find_shards, native_weights
 
-    names = _target_names(len(find_shards(folder).files))
+    config = native_config(folder, rope_ratio=base.rope_ratio)
+    native_weights(folder, config)
+    return config, _target_names(len(find_shards(folder).files))
+
+
+def _clear(target: Path, keep: Sequence[str]) -> None:
+    """Remove what an interrupted import of something else may have left."""
+    for file in target.iterdir():
+        if file.name not in keep:
+            file.unlink()
+
+
+def _import_weights(folder: Path, config: Any, target: Path, names: Sequence[str]) -> None:
+    """Write the shards that are not there yet, then compare all of them with the original."""
+    from llm_clf.models.chatglm.weights import native_shards
+
     places: dict[str, str] = {}
     size = 0
     with progress("writing", len(names), "files") as advance:

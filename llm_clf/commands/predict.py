@@ -37,11 +37,12 @@ Decode = Literal["score", "generate"]
 class Source:
     """Where labels come from: an adapter, the task it answers and the settings it is read with."""
 
-    adapter: Path
+    adapter: Path | None
+    """None: the base alone answers."""
     task: Task
     settings: Settings
     run: Run | None
-    """None for a bare adapter."""
+    """None where there is only an adapter, or a base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +258,7 @@ def _job_key(source: Source, rows_digest: str, decode: Decode) -> str:
     parts = [
         rows_digest,
         decode,
-        file_hash(adapter_weights(source.adapter)),
+        file_hash(adapter_weights(source.adapter)) if source.adapter is not None else None,
         base_identity(source.settings.model.name)["hash"],
         source.task.model_dump(mode="json"),
         settings_to_dict(source.settings),

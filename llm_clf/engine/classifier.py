@@ -57,8 +57,10 @@ class Classifier:
         self._generator = generator
 
     @classmethod
-    def from_adapter(cls, folder: Path, task: Task, settings: Settings, *, generate: bool = False) -> "Classifier":
-        """Load an adapter folder onto the base that the settings name.
+    def from_adapter(
+        cls, folder: Path | None, task: Task, settings: Settings, *, generate: bool = False
+    ) -> "Classifier":
+        """Load an adapter folder onto the base that the settings name; without one the base alone answers.
 
         Raises:
             ArtifactError: Base or adapter cannot be loaded, or do not fit each other.
@@ -68,7 +70,9 @@ class Classifier:
         tokenizer = load_tokenizer(settings.model)
         base = load_model(settings.model, dtype=dtype, device=device)
         tokens = prompt_tokenizer(tokenizer, base, task, settings)
-        model = attach_adapter(base, folder, merge=settings.predict.merge, tokenizer=tokenizer)
+        model = base
+        if folder is not None:
+            model = attach_adapter(base, folder, merge=settings.predict.merge, tokenizer=tokenizer)
         limit = settings.predict.max_new_tokens
         generator = TextGenerator(model, tokenizer, pad_id=tokens.pad_id, max_new_tokens=limit) if generate else None
         return cls(model, tokens, batch_tokens=settings.predict.batch_tokens, generator=generator)

@@ -81,7 +81,7 @@ def train(
     Args:
         model: The base with a fresh adapter.
         examples: What to learn, in the order of the prompts file.
-        settings: The `train` section.
+        settings: The `train` section, without `auto`.
         accelerator: Gives the device, scales fp16 gradients, saves and loads state, logs to TensorBoard.
         pad_id: Token on padded places.
         evaluate: Returns the validation metrics of the model as it is now; None: no validation rows.
@@ -108,7 +108,7 @@ def train(
             started = time.monotonic()
             rows = _rows_of_step(state.step, len(examples), settings)
             batch = [examples[row] for row in rows]
-            loss = _backward(model, batch, settings.micro_batch_tokens, pad_id, takes, accelerator)
+            loss = _backward(model, batch, int(settings.micro_batch_tokens), pad_id, takes, accelerator)
             norm = accelerator.clip_grad_norm_(trainable(model), MAX_GRAD_NORM)
             _require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
             optimizer.step()

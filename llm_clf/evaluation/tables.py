@@ -31,5 +31,16 @@ def metrics_text(metrics: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def changes_text(before: dict[str, Any], after: dict[str, Any], names: tuple[str, str]) -> str:
+    """Return the headline metrics of the same rows measured twice, with their change; `names` head the two columns."""
+    rows = []
+    for name in HEADLINES:
+        if name in before and name in after:
+            one, other = before[name], after[name]
+            change = "-" if one is None or other is None else f"{other - one:+.4f}"
+            rows.append([name, _number(one), _number(other), change])
+    return table(["metric", *names, "change"], rows)
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from llm_clf.config import LoraSettings
 from llm_clf.errors import ArtifactError, ConfigError
-from llm_clf.files import read_json
+from llm_clf.files import cannot_write, read_json
 
 ALL_LINEAR = "all-linear"
 CONFIG = "adapter_config.json"
@@ -84,9 +84,22 @@ def save_adapter(model: Any, folder: Path, *, base: str, tokenizer: Any) -> None
     model.peft_config["default"].base_model_name_or_path = base
     # Without the flag PEFT asks a hub whether the base's vocabulary was changed; it never is here.
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)
     # PEFT's model card is an empty form; the run folder says what there is to say.
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer as transformers does.
+
+    Raises:
+        DataError: The folder cannot be written, or the disk is full.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        # tokenizers is not written in Python, and gives the system's words in an error of no kind.
+        raise cannot_write(folder, error) from error
 
 
 def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> Any:
@@ -134,7 +147,54 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
             f"{folder}: the adapter does not fit the base {this}: {len(wrong)} weights have no counterpart, first "
             f"{min(wrong)}. Give the base that it was trained on."
         )
-    return (adapted.merge_and_unload() if merge else adapted).eval()
+    return (merge_adapter(adapted) if merge else adapted).eval()
+
+
+def merge_adapter(adapted: Any) -> Any:
+    """Return the base with the adapter added into its weights, the sum made in fp32 and rounded once to their type.
+
+    A head that shares its weights with the input embeddings, and has an adapter that they have not, gets its own.
+    Weights in 8 or 4 bits are unpacked, changed and quantised again by PEFT, which loses most of a small change.
+
+    Args:
+        adapted: A base with its adapter beside it, as PEFT attached it. It must not be used afterwards.
+
+    Raises:
+        ArtifactError: A merged weight is no finite number in the base's type.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, layer) for name, layer in adapted.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in layers:
+        # Experts that lie in one tensor have a layer for each of their parameters, one around the other.
+        key = getattr(layer, "parameter_name", "weight")
+        base = layer.get_base_layer()
+        weight = getattr(base, key)
+        if not weight.is_floating_point():
+            layer.merge()
+            continue
+        # PEFT 0.21 with a half-precision weight: safe_merge, and experts in any case, round the product of B and A to
+        # the weight's type before it is added, so a sum is rounded twice; the plain merge of other layers adds in fp32
+        # because PyTorch promotes it. With the weight in fp32 they all do, and only one layer is held so at a time. A
+        # parameter of its own, since the old one may be a view of a file, or the embeddings' too.
+        setattr(base, key, torch.nn.Parameter(weight.detach().to(torch.float32, copy=True), requires_grad=False))
+        layer.merge()
+        merged = getattr(base, key).detach().to(weight.dtype)
+        if not merged.isfinite().all():
+            raise ArtifactError(
+                f"{name}: merged with the adapter, its weights hold infinite numbers or none in {weight.dtype}. "
+                "Train again in a type of larger range (model.dtype bf16 or fp32)."
+            )
+        setattr(base, key, torch.nn.Parameter(merged, requires_grad=False))
+    model = adapted.unload()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if (
+        getattr(model.config, "tie_word_embeddings", False)
+        and head is not None
+        and head.weight is not embeddings.weight
+    ):
+        model.config.tie_word_embeddings = False
+    return model
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -178,11 +238,13 @@ def _require_same_tokenizer(folder: Path, tokenizer: Any, base: str) -> None:
 
 @contextmanager
 def _without_peft_notices() -> Iterator[None]:
-    """Keep quiet what PEFT says of itself (a property's old name, GPT-2's transposed layers) or what we refuse."""
+    """Keep quiet what PEFT says of itself (a property's old name, GPT-2's transposed layers) or what we see to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        # Of an adapter at a head that shares its weights with the embeddings: merge_adapter heeds it.
+        warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter", category=UserWarning)
         yield
 
 

@@ -69,7 +69,10 @@ def resolve_base(base: ModelSettings) -> tuple[ModelSettings, Path | None]:
 
 
 def _chatglm_folder(name: str) -> Path | None:
-    """Return the folder of an original ChatGLM, fetched from the hub where the name is an id; None for other bases."""
+    """Return the folder of an original ChatGLM; None for other bases.
+
+    Of one on the hub config and tokenizer are fetched; the weights only by `_fetch_weights`.
+    """
     found = find_base(name)
     if Path(found).is_dir():
         return Path(found) if is_chatglm(Path(found)) else None
@@ -78,7 +81,19 @@ def _chatglm_folder(name: str) -> Path | None:
     with loading_of(name, "config"):
         if not is_chatglm_config(read_json(Path(hf_hub_download(name, "config.json")))):
             return None
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.bin", "*.safetensors", MODEL]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", MODEL]))
+
+
+def _fetch_weights(name: str, folder: Path) -> None:
+    """Put the weights of a ChatGLM on the hub beside its config; in one format, where there are both."""
+    if Path(find_base(name)).is_dir():
+        return
+    from huggingface_hub import snapshot_download
+
+    formats = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if any(folder.glob(f"*{suffix}.index.json"))]
+    with loading_of(name, "model"):
+        # A snapshot's folder has the name of its commit.
+        snapshot_download(name, revision=folder.name, allow_patterns=formats[:1] or ["*.safetensors", "*.bin"])
 
 
 def base_config(base: ModelSettings) -> Any:
@@ -146,6 +161,7 @@ def load_model(base: ModelSettings, *, dtype: str, device: torch.device) -> Any:
         "output_loading_info": True,
     }
     if folder is not None:
+        _fetch_weights(base.name, folder)
         config = native_config(folder, rope_ratio=base.rope_ratio)
         weights = native_weights(folder, config)
         with loading_of(base.name, "model"):

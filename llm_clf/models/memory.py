@@ -15,10 +15,8 @@ from llm_clf.models.bases import base_config, loading_of
 
 MODES = ("fp32", "bf16", "fp16", "8bit", "4bit")
 QUANTIZED = ("8bit", "4bit")
-# What finetune can be told to hold the base in.
-RUNNABLE = tuple(mode for mode in MODES if mode not in QUANTIZED)
-# Both quantised modes compute, and keep what they do not quantise, in half precision.
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "8bit": 2, "4bit": 2}
+# Bytes of a number by `model.dtype`: of the weights that are not quantised, and of all that is computed.
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Answers are short; without rows a label's word and the end token stand for them.
 ANSWER_TOKENS = 2
 # CPU: Python with torch, transformers and PEFT, resident and measured. CUDA: cuBLAS workspaces and what the caching
@@ -98,6 +96,7 @@ class Estimate:
 
 def estimate(
     mode: str,
+    size: int,
     base: BaseShape,
     adapter: AdapterShape,
     batch: MicroBatch,
@@ -110,6 +109,7 @@ def estimate(
 
     Args:
         mode: How the base is held.
+        size: Bytes of a number that is computed; of DTYPE_BYTES.
         base: The base's shape.
         adapter: The adapter's shape.
         batch: The largest micro-batch.
@@ -117,15 +117,13 @@ def estimate(
         dropout: Whether the adapter's dropout is above 0.
         checkpointing: Whether activations are computed again in the backward.
     """
-    layer = layer_bytes(mode, base, adapter, batch, device=device, dropout=dropout)
-    if checkpointing:
-        # Each layer keeps its input only; one layer at a time is computed again and kept whole.
-        activations = base.layers * batch.tokens * base.hidden * COMPUTE_BYTES[mode] + layer
-    else:
-        activations = base.layers * layer
-    workspace = workspace_bytes(mode, base, batch)
+    layer = layer_bytes(mode, size, base, adapter, batch, device=device, dropout=dropout)
+    # With checkpointing each layer keeps its input only; one layer at a time is computed again and kept whole.
+    kept = base.layers * batch.tokens * base.hidden * size + layer
+    activations = kept if checkpointing else base.layers * layer
+    workspace = workspace_bytes(mode, size, base, batch)
     return Estimate(
-        weights=weight_bytes(mode, base),
+        weights=weight_bytes(mode, size, base),
         adapter=adapter_bytes(adapter.parameters),
         activations=activations,
         workspace=workspace,
@@ -133,7 +131,7 @@ def estimate(
     )
 
 
-def weight_bytes(mode: str, base: BaseShape) -> int:
+def weight_bytes(mode: str, size: int, base: BaseShape) -> int:
     """Return the bytes of the frozen base.
 
     A linear layer of n = inputs x outputs weights takes, quantised:
@@ -142,16 +140,16 @@ def weight_bytes(mode: str, base: BaseShape) -> int:
     - 4bit: n / 2 bytes of NF4, a byte of scale for every 64 weights and, as the scales are quantised again, an fp32
       for every 256 of them: 0.127 bits a weight (double quantisation, https://arxiv.org/abs/2305.14314, section 3).
 
-    Embeddings, output embedding, norms and biases stay in half precision. Else every weight takes its type's size.
+    Embeddings, output embedding, norms and biases keep their type. Else every weight takes its type's size.
     """
     if mode not in QUANTIZED:
-        return base.parameters * COMPUTE_BYTES[mode]
+        return base.parameters * size
     quantized = sum(inputs * outputs for inputs, outputs in base.linears)
     if mode == "8bit":
         held = quantized + sum(4 * outputs for _, outputs in base.linears)
     else:
         held = sum(_nf4_bytes(inputs * outputs) for inputs, outputs in base.linears)
-    return held + (base.parameters - quantized) * COMPUTE_BYTES[mode]
+    return held + (base.parameters - quantized) * size
 
 
 def _nf4_bytes(weights: int) -> int:
@@ -165,7 +163,7 @@ def adapter_bytes(parameters: int) -> int:
 
 
 def layer_bytes(
-    mode: str, base: BaseShape, adapter: AdapterShape, batch: MicroBatch, *, device: str, dropout: bool
+    mode: str, size: int, base: BaseShape, adapter: AdapterShape, batch: MicroBatch, *, device: str, dropout: bool
 ) -> int:
     """Return the bytes that one decoder layer keeps of a micro-batch for the backward.
 
@@ -180,11 +178,10 @@ def layer_bytes(
       the two norms' results and the MLP's product are kept for the adapter: 4 * (2h + f). With dropout each layer
       keeps a dropped-out fp32 copy in any mode, and the mask: 1 byte on CUDA, 4 on CPU;
     - between the adapter's two matrices: 4 * rank;
-    - 8bit: bitsandbytes keeps the half-precision inputs too: (2h + f) * b.
+    - 8bit: bitsandbytes keeps the inputs too: (2h + f) * b.
 
     The attention mask, tokens x longest row, is shared by all layers and counted in `workspace_bytes`.
     """
-    size = COMPUTE_BYTES[mode]
     inputs = adapter.inputs / base.layers
     token: float = 2 * 4 * base.hidden + 4 * base.attention * size + 3 * base.intermediate * size
     if dropout:
@@ -197,15 +194,14 @@ def layer_bytes(
     return math.ceil(token * batch.tokens)
 
 
-def workspace_bytes(mode: str, base: BaseShape, batch: MicroBatch) -> int:
+def workspace_bytes(mode: str, size: int, base: BaseShape, batch: MicroBatch) -> int:
     """Return the bytes of the largest temporary values.
 
     At the widest linear layer the base's result (b bytes) stands beside the adapter's result, that result scaled, and
-    their sum (fp32 each), and a quantised weight is unpacked to half precision to be multiplied. At the end
+    their sum (fp32 each), and a quantised weight is unpacked to be multiplied. At the end
     of the forward it is the logits of the answers' places and the one before them: b bytes, then in fp32 a copy, the
     log-softmax and its gradient. The two moments do not meet. The attention mask is there in both.
     """
-    size = COMPUTE_BYTES[mode]
     widest = max((outputs for _, outputs in base.linears), default=base.hidden)
     linear = batch.tokens * widest * (size + 3 * 4)
     if mode in QUANTIZED:

@@ -5,6 +5,7 @@ the rows of B times A, so q_proj, k_proj and v_proj take the same A and each its
 like, and only the names change.
 """
 
+import math
 import re
 import shutil
 from collections import Counter
@@ -95,12 +96,14 @@ def _native_target(name: str) -> tuple[str, ...]:
     if name in (HEAD, HEAD.rpartition(".")[2]):
         return (NATIVE_HEAD,)
     found = TARGET.fullmatch(name)
-    kinds = [kind for kind in NATIVE if found and kind.endswith(f".{found['name']}")]
-    if found is None or (found["part"] or kinds[0]).split(".")[0] != kinds[0].split(".")[0]:
+    if found is None:
+        return (name,)
+    kind = next(kind for kind in NATIVE if kind.endswith(f".{found['name']}"))
+    if found["part"] not in (None, kind.partition(".")[0]):
         return (name,)
     if found["layer"] is None:
-        return tuple(native.rpartition(".")[2] for native in NATIVE[kinds[0]])
-    return tuple(f"layers.{found['layer']}.{native}" for native in NATIVE[kinds[0]])
+        return tuple(native.rpartition(".")[2] for native in NATIVE[kind])
+    return tuple(f"layers.{found['layer']}.{native}" for native in NATIVE[kind])
 
 
 def convert_adapter(source: Path, target: Path, base_config: Any) -> None:
@@ -183,7 +186,7 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_updates(file: Path, base_config: Any) -> list[_Update]:

@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
 }
 SIZES = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
          "seq_length", "multi_query_group_num")  # fmt: skip
+STORED = ("float32", "float16", "bfloat16")
 HALF_PRECISION = "Give the half-precision checkpoint"
 
 
@@ -85,6 +86,15 @@ def _faults(own: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
     for key in SIZES:
         if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
             yield f"{key} is {config[key]!r}, and must be a whole number above 0."
+    for key in ("layernorm_epsilon", "rope_ratio"):
+        if not (_is_number(config[key]) and config[key] > 0):
+            yield f"{key} is {config[key]!r}, and must be a number above 0."
+    if not (_is_number(config["attention_dropout"]) and 0 <= config["attention_dropout"] < 1):
+        yield f"attention_dropout is {config['attention_dropout']!r}, and must be a number from 0 to below 1."
+    if config["add_qkv_bias"] not in (True, False):
+        yield f"add_qkv_bias is {config['add_qkv_bias']!r}, and must be true or false."
+    if config.get("torch_dtype") not in (None, *STORED):
+        yield f"torch_dtype is {config['torch_dtype']!r}, and must be one of {', '.join(STORED)}."
     if config["quantization_bit"]:
         yield (
             f"quantization_bit {config['quantization_bit']}: its weights were quantised beforehand. {HALF_PRECISION}, "
@@ -110,6 +120,10 @@ def _faults(own: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
         yield f"hidden_dropout {config['hidden_dropout']}: Glm has none. Set it to 0 in config.json."
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def family_of(folder: Path, wanted: str = "auto") -> str:
     """Return `chatglm2` or `chatglm3`: what is wanted, else what the folder's names say.
 
@@ -133,7 +147,8 @@ def family_of(folder: Path, wanted: str = "auto") -> str:
 def _names(folder: Path) -> Iterator[str]:
     yield _name_in(read_json(folder / "config.json"))
     if (folder / "tokenizer_config.json").is_file():
-        yield str(read_json(folder / "tokenizer_config.json").get("name_or_path", ""))
+        tokenizer = read_json(folder / "tokenizer_config.json")
+        yield str(tokenizer.get("name_or_path", "")) if isinstance(tokenizer, dict) else ""
     yield folder.resolve().name
 
 
@@ -165,7 +180,7 @@ def native_config(folder: Path, *, rope_ratio: str) -> Any:
         head_dim=config["kv_channels"],
         attention_dropout=config["attention_dropout"],
         max_position_embeddings=config["seq_length"],
-        rms_norm_eps=config["layernorm_epsilon"],
+        rms_norm_eps=float(config["layernorm_epsilon"]),
         attention_bias=bool(config["add_qkv_bias"]),
         rope_parameters=_rope(config["rope_ratio"], rope_ratio),
         tie_word_embeddings=False,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from llm_clf.errors import ArtifactError
 from llm_clf.files import read_json
@@ -99,14 +99,20 @@ def require_no_pointer(file: Path) -> None:
     """Refuse a file that only stands for one that Git LFS has not fetched.
 
     Raises:
-        ArtifactError: It is such a file.
+        ArtifactError: It is such a file, or cannot be read.
     """
-    with open(file, "rb") as opened:
-        if opened.read(len(POINTER)) == POINTER:
-            raise ArtifactError(
-                f"{file}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in that folder, or download "
-                "the file."
-            )
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(len(POINTER))
+    except OSError as error:
+        raise ArtifactError(
+            f"{file}: cannot be read: {error.strerror}. See to its rights, or copy it again."
+        ) from error
+    if start == POINTER:
+        raise ArtifactError(
+            f"{file}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in that folder, or download the "
+            "file."
+        )
 
 
 def read_shard(file: Path) -> dict[str, torch.Tensor]:
@@ -126,10 +132,13 @@ def read_shard(file: Path) -> dict[str, torch.Tensor]:
             f"{file}: holds something other than tensors, or is damaged, and is not opened: what it holds could be "
             "code. Give the file that the model's authors published."
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+    except Exception as error:
+        # A damaged file comes as whatever the reader stumbles over: KeyError, IndexError, struct.error, BadZipFile, …
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{file}: is cut short or damaged: {reason}. Copy it again.") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in tensors.items()
+    ):
         raise ArtifactError(f"{file}: holds something other than tensors by name. Give the published file.")
     return tensors
 
@@ -189,10 +198,10 @@ def _native(key: str, tensor: torch.Tensor, config: Any, file: Path) -> Iterator
         yield f"model.layers.{number}.{IN_LAYER[part]}", tensor
     elif part in (f"{QKV}.weight", f"{QKV}.bias") and (part.endswith("weight") or config.attention_bias):
         sizes = qkv_sizes(config)
-        if tensor.shape[0] != sum(sizes):
+        if tensor.shape[:1] != (sum(sizes),):
             raise ArtifactError(
-                f"{file}: {key} has {tensor.shape[0]} rows; config.json makes it {sum(sizes)} "
-                "(queries, keys and values). Config and weights must come from one model."
+                f"{file}: {key} has the shape {tuple(tensor.shape)}; config.json makes it {sum(sizes)} "
+                "rows (queries, keys and values). Config and weights must come from one model."
             )
         for letter, rows in zip("qkv", torch.split(tensor, sizes), strict=True):
             yield f"model.layers.{number}.self_attn.{letter}_proj.{part.rpartition('.')[2]}", rows
@@ -233,15 +242,16 @@ def native_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 def _require_shape(file: Path, key: str, part: torch.Tensor, shape: tuple[int, ...] | None, native: str) -> None:
     if shape is None:
         raise ArtifactError(f"{file}: {key} is one layer more than config.json (num_layers) says. Copy both again.")
-    if tuple(part.shape) != shape:
-        raise ArtifactError(
-            f"{file}: {key} gives {native} the shape {tuple(part.shape)}; config.json makes it {shape}. Config and "
-            "weights must come from one model."
-        )
+    # Before the shape: two weights of 4 bits share a byte, which halves a row.
     if not part.is_floating_point():
         raise ArtifactError(
             f"{file}: {key} holds {str(part.dtype).removeprefix('torch.')}, so it was quantised beforehand. Give the "
             "half-precision checkpoint, and set model.quantization to 8bit or 4bit."
+        )
+    if tuple(part.shape) != shape:
+        raise ArtifactError(
+            f"{file}: {key} gives {native} the shape {tuple(part.shape)}; config.json makes it {shape}. Config and "
+            "weights must come from one model."
         )
 
 
