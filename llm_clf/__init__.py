@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from llm_clf.commands.finetune import finetune
     from llm_clf.commands.import_adapter import import_adapter
     from llm_clf.commands.import_chatglm import import_chatglm
+    from llm_clf.commands.merge import merge
     from llm_clf.commands.predict import predict
     from llm_clf.errors import LlmClfError
 
@@ -22,6 +23,7 @@ __all__ = [
     "finetune",
     "import_adapter",
     "import_chatglm",
+    "merge",
     "predict",
 ]
 __version__ = "0.1.0"

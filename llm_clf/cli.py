@@ -153,12 +153,43 @@ def chat(
     command.chat(source, model=model, task=task, set=set or (), once=once)
 
 
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Prompts that the run was trained on; needed where it was validated: its validation rows are scored "
+            "again.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="Where the run's base is now; for a run in 8 or 4 bits, its half-precision base."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Add a run's adapter into its base: a model folder that transformers loads anywhere, without this package.
+
+    Example: `llm-clf merge output/run --data output/prompts --out output/model`
+    """
+    from llm_clf.commands import merge as command
+
+    command.merge(run, out=out, data=data, model=model, overwrite=overwrite)
+
+
 @app.command("import-chatglm")
 def import_chatglm(
     source: Annotated[Path, typer.Argument(help="Original ChatGLM2 or ChatGLM3 folder.")],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
     only: Annotated[str, typer.Option(metavar="all|weights|tokenizer", help="Write one half of it.")] = "all",
-    set: ModelSet = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="model.family=chatglm2, model.rope_ratio=linear, …")
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:

@@ -72,7 +72,7 @@ class TrainSettings(Section):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per optimiser step."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Most padded tokens in one forward and backward; auto: what fits. Does not change the result."""
+    """Most tokens in one forward and backward, padding included; auto: what fits. Does not change the result."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Highest learning rate."""
     schedule: Schedule = "cosine"
@@ -105,11 +105,22 @@ class PredictSettings(Section):
     """Scoring, in validation and in prediction alike."""
 
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
-    """Most padded tokens in one forward."""
+    """Most tokens in one forward, padding included."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Most tokens of a generated answer (`--decode generate`)."""
     merge: bool = False
     """Add the adapter into the base's weights before scoring: faster, equal up to rounding in the base's dtype."""
+
+
+class SpeedSettings(Section):
+    """Ways to do less work for the same result, up to rounding."""
+
+    packing: bool = True
+    """Rows one behind another, without padding, each prompt read once for all labels; needs a known family."""
+    shared_prefix: bool = True
+    """With packing: read what all prompts begin with once, for all rows of a step or a prediction."""
+    fast_lora: bool = True
+    """LoRA layers in the base's number type, the update added by one product."""
 
 
 class Settings(Section):
@@ -120,6 +131,7 @@ class Settings(Section):
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     predict: PredictSettings = PredictSettings()
+    speed: SpeedSettings = SpeedSettings()
 
     @field_validator("*", mode="before")
     @classmethod

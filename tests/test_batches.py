@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_clf.engine.batches import pad_left, plan_batches
+from llm_clf.engine.batches import pad_left, plan_batches, plan_packed
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000), st.none() | st.integers(1, 8))
@@ -29,3 +29,13 @@ def test_left_padding_keeps_ends_together_and_positions_at_zero() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7], [9, 9, 8]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(1, 120), most=st.integers(1, 5))
+def test_packed_plan_keeps_the_budget_and_leaves_no_row_out(lengths: list[int], budget: int, most: int) -> None:
+    batches = plan_packed(lengths, budget, most)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= most
+        assert sum(lengths[index] for index in batch) <= budget or len(batch) == 1
+    assert batches == plan_packed(lengths, budget, most)

@@ -68,7 +68,7 @@ def test_finetune_stops_before_loading(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("llm_clf.models.bases.load_model", loaded)
+    monkeypatch.setattr("llm_clf.commands.finetune._fit", loaded)
     monkeypatch.setattr("llm_clf.models.budget.free_memory", lambda device: 10**6)
     with pytest.raises(ConfigError, match="would not fit"):
         finetune(prompts, out=tmp_path / "run", model=str(base))
@@ -96,3 +96,15 @@ def test_run_records_what_auto_meant_and_resume_keeps_it(
     monkeypatch.setattr("llm_clf.models.budget.free_memory", lambda device: 10**6)
     finetune(prompts, out=tmp_path / "run", model=str(base), set=["train.epochs=2", "train.eval_every=1"], resume=True)
     assert load_settings([tmp_path / "run" / "config.yaml"]) == recorded
+
+
+def test_4_bits_need_layers_of_whole_blocks_on_a_cpu(make_base: Any) -> None:
+    import torch
+
+    from llm_clf.config import ModelSettings
+    from llm_clf.models.bases import load_model
+
+    # The tiny base's layers have 32 inputs.
+    base = ModelSettings(name=str(make_base("glm")), quantization="4bit")
+    with pytest.raises(ConfigError, match=r"has 32 inputs.*multiple of 64.*Use 8bit"):
+        load_model(base, dtype="fp32", device=torch.device("cpu"))

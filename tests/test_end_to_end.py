@@ -246,7 +246,7 @@ def test_interrupted_training_resumes_to_the_same_adapter(
     llm_clf.finetune(prompts, out=tmp_path / "whole", model=str(base), set=more)
 
     steps = 0
-    original = training._backward
+    original = training._add_up
 
     def counted(*args: object) -> float:
         nonlocal steps
@@ -256,11 +256,11 @@ def test_interrupted_training_resumes_to_the_same_adapter(
         return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "_backward", counted)
+    monkeypatch.setattr(training, "_add_up", counted)
     run = tmp_path / "broken"
     with pytest.raises(Killed):
         llm_clf.finetune(prompts, out=run, model=str(base), set=more)
-    monkeypatch.setattr(training, "_backward", original)
+    monkeypatch.setattr(training, "_add_up", original)
     assert not run.exists() and partial_name(run).is_dir()
     with pytest.raises(ConfigError, match="--resume goes on"):
         llm_clf.finetune(prompts, out=run, model=str(base), set=more)

@@ -1,12 +1,15 @@
 """Label scores against the plainest reference: one row, one answer, no padding, log-softmax over everything."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
-from conftest import Bigrams, tiny_config, tiny_model
+from conftest import Bigrams, tiny_model
 
 from llm_clf.decisions.decide import probabilities
-from llm_clf.engine.scoring import TREE_FAMILIES, AnswerTree, LabelScorer, allows_tree
+from llm_clf.engine.packing import FAMILIES, enable_packing
+from llm_clf.engine.scoring import AnswerTree, LabelScorer
 from llm_clf.errors import ArtifactError
 
 END = 0
@@ -30,11 +33,17 @@ def reference(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("family", sorted(TREE_FAMILIES))
-def test_tree_equals_one_by_one(family: str) -> None:
+def packed_scorer(family: str = "glm", shared: Sequence[int] = ()) -> LabelScorer:
+    model = tiny_model(family)
+    enable_packing(model)
+    return LabelScorer(model, ANSWERS, pad_id=3, packed=True, shared=shared)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_packed_equals_one_by_one(family: str) -> None:
     model = tiny_model(family)
     expected = torch.stack([reference(model, prompt) for prompt in PROMPTS])
-    scores = LabelScorer(model, ANSWERS, pad_id=3, tree=True).score(PROMPTS)
+    scores = packed_scorer(family).score(PROMPTS)
     assert scores.std() > 0.1
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
@@ -43,13 +52,33 @@ def test_tree_equals_one_by_one(family: str) -> None:
 def test_plain_equals_one_by_one(family: str) -> None:
     model = tiny_model(family)
     expected = torch.stack([reference(model, prompt) for prompt in PROMPTS])
-    scores = LabelScorer(model, ANSWERS, pad_id=3, tree=False).score(PROMPTS)
+    scores = LabelScorer(model, ANSWERS, pad_id=3, packed=False).score(PROMPTS)
     torch.testing.assert_close(scores, expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("tree", [True, False])
-def test_probabilities_do_not_depend_on_batch_or_order(tree: bool) -> None:
-    scorer = LabelScorer(tiny_model("glm"), ANSWERS, pad_id=3, tree=tree)
+def test_prompts_that_begin_alike_equal_one_by_one_and_others_among_them_too() -> None:
+    model, shared = tiny_model("glm"), [200, 201, 202]
+    prompts = [[*shared, *prompt] for prompt in PROMPTS] + [[200, 201], shared, [5, 6, 7, 8]]
+    expected = torch.stack([reference(model, prompt) for prompt in prompts])
+    scores = packed_scorer(shared=shared).score(prompts)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_start_forgets_what_a_changed_model_made_of_the_shared_tokens() -> None:
+    scorer = packed_scorer(shared=[200, 201])
+    prompts = [[200, 201, *prompt] for prompt in PROMPTS]
+    before = scorer.score(prompts)
+    with torch.no_grad():
+        scorer._model.model.embed_tokens.weight[200].neg_()
+    scorer.start()
+    expected = torch.stack([reference(scorer._model, prompt) for prompt in prompts])
+    assert (before - expected).abs().max() > 1e-3
+    torch.testing.assert_close(scorer.score(prompts), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_probabilities_do_not_depend_on_batch_or_order(packed: bool) -> None:
+    scorer = packed_scorer() if packed else LabelScorer(tiny_model("glm"), ANSWERS, pad_id=3, packed=False)
     together = probabilities(scorer.score(PROMPTS).numpy())
     alone = np.concatenate([probabilities(scorer.score([prompt]).numpy()) for prompt in PROMPTS])
     backwards = probabilities(scorer.score(PROMPTS[::-1]).numpy())[::-1]
@@ -59,27 +88,22 @@ def test_probabilities_do_not_depend_on_batch_or_order(tree: bool) -> None:
 
 def test_the_pad_token_does_not_matter() -> None:
     model = tiny_model("glm")
-    one, other = (LabelScorer(model, ANSWERS, pad_id=pad).score(PROMPTS) for pad in (3, 99))
+    one, other = (LabelScorer(model, ANSWERS, pad_id=pad, packed=False).score(PROMPTS) for pad in (3, 99))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-
-
-def test_eager_attention_gives_the_same() -> None:
-    model = tiny_model("glm")
-    before = LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS)
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS), before, atol=1e-5, rtol=0)
 
 
 def test_the_whole_answer_counts_so_1_does_not_always_beat_10() -> None:
     one, zero, prompt = 41, 40, 9
     model = Bigrams({prompt: {one: 0.9, zero: 0.1}, one: {zero: 0.8, END: 0.2}, zero: {END: 1.0}})
-    scores = LabelScorer(model, [[[one, END]], [[one, zero, END]], [[zero, END]]], pad_id=3).score([[prompt]])
+    scores = LabelScorer(model, [[[one, END]], [[one, zero, END]], [[zero, END]]], pad_id=3, packed=False).score(
+        [[prompt]]
+    )
     torch.testing.assert_close(scores.exp(), torch.tensor([[0.18, 0.72, 0.1]]), atol=1e-4, rtol=0)
 
 
 def test_words_of_a_label_add_up() -> None:
     model = Bigrams({9: {50: 0.3, 51: 0.3, 52: 0.4}, 50: {END: 1.0}, 51: {END: 1.0}, 52: {END: 1.0}})
-    scores = LabelScorer(model, [[[50, END], [51, END]], [[52, END]]], pad_id=3).score([[9]])
+    scores = LabelScorer(model, [[[50, END], [51, END]], [[52, END]]], pad_id=3, packed=False).score([[9]])
     torch.testing.assert_close(scores.exp(), torch.tensor([[0.6, 0.4]]), atol=1e-3, rtol=0)
 
 
@@ -90,27 +114,27 @@ def test_answers_share_their_beginnings_and_never_read_their_end() -> None:
     assert tree.paths[1] == [[(0, 17), (1, 41), (3, END)]]
 
 
-def test_families_with_a_window_or_unknown_ones_take_the_plain_way() -> None:
-    assert allows_tree(tiny_config("glm")) and allows_tree(tiny_config("mistral"))
-    assert not allows_tree(tiny_config("mistral-window")) and not allows_tree(tiny_config("bloom"))
+@pytest.mark.parametrize("packed", [True, False])
+def test_bf16_stays_near_fp32(packed: bool) -> None:
+    def scores(dtype: torch.dtype) -> np.ndarray:
+        model = tiny_model("glm").to(dtype)
+        enable_packing(model)
+        return probabilities(LabelScorer(model, ANSWERS, pad_id=3, packed=packed).score(PROMPTS).numpy())
 
-
-def test_bf16_stays_near_fp32() -> None:
-    model = tiny_model("glm")
-    exact = probabilities(LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS).numpy())
-    half = probabilities(LabelScorer(model.bfloat16(), ANSWERS, pad_id=3).score(PROMPTS).numpy())
-    np.testing.assert_allclose(half, exact, atol=0.15)
+    np.testing.assert_allclose(scores(torch.bfloat16), scores(torch.float32), atol=0.15)
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:
-    model = tiny_model("glm")
+    scorer = packed_scorer()
     with torch.no_grad():
-        model.lm_head.weight.fill_(float("nan"))
+        scorer._model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ArtifactError, match="not numbers"):
-        LabelScorer(model, ANSWERS, pad_id=3).score(PROMPTS)
+        scorer.score(PROMPTS)
 
 
-def test_plan_counts_the_answer_tree() -> None:
-    scorer = LabelScorer(tiny_model("glm"), ANSWERS, pad_id=3)
+def test_plan_counts_the_answer_tree_and_leaves_out_what_is_shared() -> None:
+    scorer = packed_scorer()
     assert scorer.plan([10, 10], 2 * (10 + 7)) == [[0, 1]]
     assert scorer.plan([10, 10], 2 * (10 + 7) - 1) == [[0], [1]]
+    assert packed_scorer(shared=[200, 201]).plan([10, 10], 2 * (8 + 7)) == [[0, 1]]
+    assert packed_scorer().plan([10, 2, 2], 10 + 7 + 2 + 7) == [[0, 1], [2]]

@@ -1,15 +1,21 @@
 """The loss and its gradients, micro-batches, weights, the order of rows."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import Bigrams, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_clf.config import LoraSettings, TrainSettings
+from llm_clf.config import LoraSettings, SpeedSettings, TrainSettings
+from llm_clf.engine.lora import enable_fast_lora
 from llm_clf.engine.scoring import forward_arguments
 from llm_clf.engine.training import (
     TrainingExample,
+    _backward_of,
     _evaluation_steps,
     _require_finite,
     _rows_of_step,
@@ -133,3 +139,72 @@ def test_evaluations_fall_at_epochs_and_at_the_end() -> None:
 def test_loss_that_is_no_number_stops_with_advice(loss: float, norm: float) -> None:
     with pytest.raises(TrainingError, match=r"Step 4: .* Lower train.learning_rate \(now 0.0002\)"):
         _require_finite(loss, norm, 3, TrainSettings(), scaled=False)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activations computed again"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_packed_step_equals_the_definition(shared: int, dropout: float, checkpointing: bool) -> None:
+    """Dropout is on behind the shared tokens only, and in the checkpointed layers the same mask is drawn again."""
+    examples = [TrainingExample([201, 202, *e.ids], e.answer, e.weight) for e in EXAMPLES]
+
+    def step(speed: SpeedSettings, budget: int) -> tuple[float, list[torch.Tensor]]:
+        model = adapted(dropout).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        settings = TrainSettings(micro_batch_tokens=budget)
+        backward = _backward_of(model, examples, settings, speed, 3, Accelerator(cpu=True))
+        torch.manual_seed(11)
+        loss = backward(examples)
+        return loss, [parameter.grad.clone() for parameter in trainable(model)]
+
+    loss, found = step(SpeedSettings(shared_prefix=shared > 0, fast_lora=False), 4096)
+    if dropout:
+        assert math.isfinite(loss) and all(gradient.isfinite().all() for gradient in found)
+        return
+    plain_loss, expected = step(SpeedSettings(packing=False, fast_lora=False), 4096)
+    for packed_loss, gradients in ((loss, found), step(SpeedSettings(shared_prefix=shared > 0), 12)):
+        assert packed_loss == pytest.approx(plain_loss, rel=1e-5)
+        for one, other in zip(gradients, expected, strict=True):
+            assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj"], "all-linear"])
+def test_shared_tokens_without_an_adapter_on_keys_and_values(targets: Any) -> None:
+    def step(speed: SpeedSettings) -> list[torch.Tensor]:
+        settings = LoraSettings(dropout=0.0, target_modules=targets)
+        model = new_adapter(tiny_model("glm").requires_grad_(False), settings, seed=1)
+        with torch.no_grad():
+            for number, parameter in enumerate(trainable(model)):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+        rows = [TrainingExample([201, 202, *e.ids], e.answer, e.weight) for e in EXAMPLES]
+        _backward_of(model, rows, TrainSettings(micro_batch_tokens=64), speed, 3, Accelerator(cpu=True))(rows)
+        return [parameter.grad.clone() for parameter in trainable(model)]
+
+    for one, other in zip(step(SpeedSettings()), step(SpeedSettings(packing=False, fast_lora=False)), strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_fast_lora_in_bf16_stays_near_pefts() -> None:
+    def logits(fast: bool) -> torch.Tensor:
+        model = adapted().eval().bfloat16()
+        for parameter in trainable(model):
+            parameter.data = parameter.data.float()
+        if fast:
+            enable_fast_lora(model)
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([EXAMPLES[2].ids])).logits.float()
+
+    near, far = logits(True), logits(False)
+    assert near.std() > 0.3 and (near - far).abs().max() < 0.1 * far.std()
+
+
+def test_fast_lora_leaves_other_layers_to_peft() -> None:
+    model = new_adapter(tiny_model("glm").requires_grad_(False), LoraSettings(use_dora=True), seed=1)
+    enable_fast_lora(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    plain = adapted()
+    enable_fast_lora(plain)
+    ids = torch.tensor([[9, 8, 7]])
+    with torch.no_grad(), plain.disable_adapter():
+        assert torch.equal(plain(input_ids=ids).logits, tiny_model("glm")(input_ids=ids).logits)

@@ -35,7 +35,7 @@ def chat(
         source: A run or a bare adapter; None: the base alone.
         model: The base; needed for a bare adapter, glm-nano where there is no source.
         task: For a bare adapter or a base: the task of `/classify`.
-        set: Settings of the sections model and predict as `section.key=value`.
+        set: Settings of the sections model, predict and speed as `section.key=value`.
         once: A text to answer; None: talk until the input ends.
 
     Raises:
@@ -126,7 +126,7 @@ def _load(
         # Never merged here: /base switches the adapter off and on.
         loaded = attach_adapter(loaded, found.adapter, merge=False, tokenizer=tokenizer)
     if tokens is not None:
-        classifier = Classifier(loaded, tokens, batch_tokens=settings.predict.batch_tokens)
+        classifier = Classifier(loaded, tokens, batch_tokens=settings.predict.batch_tokens, speed=settings.speed)
     words = f" with the adapter of {source}" if source is not None else ""
     description = f"{settings.model.name}{words}, {dtype} on {describe(device)}."
     return LoadedModel(loaded, tokenizer, classifier, found.task, description)
@@ -149,7 +149,7 @@ def _find(source: str | Path | None, model: str | None, task: str | Path | None,
         return _Found(found.adapter, found.task, found.settings, found.run)
     if folder is not None and model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell its base: --model BASE.")
-    require_sections(overrides, ("model", "predict"), "a conversation")
+    require_sections(overrides, ("model", "predict", "speed"), "a conversation")
     changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     return _Found(folder, load_task(task) if task is not None else None, load_settings(overrides=changes), None)
 

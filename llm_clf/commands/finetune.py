@@ -294,13 +294,14 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows
         f"{len(examples):,} training rows ({rows.cut:,} cut to fit, {data.unlabelled:,} without a label left out), "
         f"{len(data.valid):,} validation rows; {parameters:,} adapter weights."
     )
-    classifier = Classifier(model, tokens, batch_tokens=settings.predict.batch_tokens)
+    classifier = Classifier(model, tokens, batch_tokens=settings.predict.batch_tokens, speed=settings.speed)
     accelerator = _accelerator(settings, device, folder)
     try:
         state = train(
             model,
             examples,
             settings.train,
+            settings.speed,
             accelerator=accelerator,
             pad_id=tokens.pad_id,
             evaluate=(lambda: _measure(classifier, data)) if data.validates else None,

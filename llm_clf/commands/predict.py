@@ -82,7 +82,7 @@ def predict(
         columns: What to write, of the predictions' and the rows' columns; None: all of the predictions'.
         task: For a bare adapter: the task.
         model: For a bare adapter: the base. For a run: where its base is now, if it was moved.
-        set: Settings of the sections model and predict as `section.key=value`, such as `model.quantization=4bit`.
+        set: Settings of the sections model, predict and speed, such as `model.quantization=4bit`.
         encoding: Of text files.
         resume: Go on with what an interrupted job left beside `out`.
         overwrite: Replace `out`.
@@ -139,7 +139,7 @@ def find_source(folder: Path, task: str | Path | None, model: str | None, overri
         ArtifactError: The folder is neither.
         ConfigError: A bare adapter lacks a task or a base, a run is given another one, or an override does not fit.
     """
-    require_sections(overrides, ("model", "predict"), "a prediction")
+    require_sections(overrides, ("model", "predict", "speed"), "a prediction")
     changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     if is_run(folder) or not (folder / "adapter_config.json").is_file():
         run = load_run(folder)

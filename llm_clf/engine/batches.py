@@ -1,4 +1,4 @@
-"""Examples to padded batches of about equal length."""
+"""Rows to batches: by the tokens that they have together, or padded to about equal length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +32,23 @@ def plan_batches(lengths: Sequence[int], budget: int, max_rows: int | None = Non
             current.append(index)
         else:
             batches.append([index])
+    return batches
+
+
+def plan_packed(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
+    """Group indices so that the lengths of a group sum up to at most `budget` tokens; the longest come first.
+
+    The plan depends on the lengths alone. A row longer than the budget is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in order:
+        if not batches or tokens + lengths[index] > budget or len(batches[-1]) == max_rows:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += lengths[index]
     return batches
 
 

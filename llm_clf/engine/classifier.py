@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from llm_clf.config import Settings
+from llm_clf.config import Settings, SpeedSettings
+from llm_clf.console import say
 from llm_clf.engine.generation import TextGenerator
 from llm_clf.engine.scoring import LabelScorer
+from llm_clf.engine.speed import speed_up
 from llm_clf.engine.tokens import PromptTokenizer
 from llm_clf.errors import ArtifactError
 from llm_clf.models.adapters import attach_adapter
@@ -44,15 +46,27 @@ class Classifier:
     Args:
         model: The base with its adapter.
         tokens: Turns prompts into tokens.
-        batch_tokens: Most padded tokens in one forward.
+        batch_tokens: Most tokens in one forward, padding included.
+        speed: Which work is spared.
         generator: Writes answers beside the scores; None: no answers.
     """
 
     def __init__(
-        self, model: Any, tokens: PromptTokenizer, *, batch_tokens: int, generator: TextGenerator | None = None
+        self,
+        model: Any,
+        tokens: PromptTokenizer,
+        *,
+        batch_tokens: int,
+        speed: SpeedSettings,
+        generator: TextGenerator | None = None,
     ) -> None:
         self._tokens = tokens
-        self._scorer = LabelScorer(model, tokens.answers, pad_id=tokens.pad_id)
+        packed = speed_up(model, speed)
+        if speed.packing and not packed:
+            kind = model.config.get_text_config().model_type
+            say(f"Rows are padded and read anew for each label: packing is not known for {kind}.")
+        shared = tokens.shared() if speed.shared_prefix else ()
+        self._scorer = LabelScorer(model, tokens.answers, pad_id=tokens.pad_id, packed=packed, shared=shared)
         self._batch_tokens = batch_tokens
         self._generator = generator
 
@@ -75,7 +89,13 @@ class Classifier:
             model = attach_adapter(base, folder, merge=settings.predict.merge, tokenizer=tokenizer)
         limit = settings.predict.max_new_tokens
         generator = TextGenerator(model, tokenizer, pad_id=tokens.pad_id, max_new_tokens=limit) if generate else None
-        return cls(model, tokens, batch_tokens=settings.predict.batch_tokens, generator=generator)
+        return cls(
+            model,
+            tokens,
+            batch_tokens=settings.predict.batch_tokens,
+            speed=settings.speed,
+            generator=generator,
+        )
 
     def score(self, prompts: Iterable[Prompt], done: Callable[[Scored], None], finished: Collection[int] = ()) -> None:
         """Score prompts window by window, reading them as it goes.
@@ -88,6 +108,7 @@ class Classifier:
             finished: Numbers of rows that need no scores; whole batches, as `done` got them.
         """
         first = 0
+        self._scorer.start()
         for window in windows(prompts):
             if not all(number in finished for number in range(first, first + len(window))):
                 self._score_window(window, first, done, finished)

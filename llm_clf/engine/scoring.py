@@ -1,27 +1,24 @@
 """Label scores: the log-probability of every label's words, end token included, after each prompt.
 
-Two ways lead to the same numbers. The tree reads a prompt once and all answers behind it in the same forward:
-the answers' tokens hang on the prompt as a tree, and each sees the prompt and its own beginnings only. The
-plain way reads the prompt again for every answer; it serves bases whose attention the tree cannot steer, and
-it is what the tree is tested against.
+Two ways lead to the same numbers. Packed, each prompt is read once and all answers behind it in the same forward: the
+answers' tokens hang on the prompt as a tree, and each sees the prompt and its own beginnings only; prompts stand one
+behind another, and what all begin with is read once for all. The plain way pads, and reads the whole prompt again for
+every answer; it serves bases whose attention cannot be steered, and it is what the packed one is tested against.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llm_clf.engine.batches import Batch, pad_left, plan_batches
+from llm_clf.engine.batches import Batch, pad_left, plan_batches, plan_packed
+from llm_clf.engine.packing import NOTHING, AnswerShape, Beginning, Row, packed_logits, read_beginning
 from llm_clf.errors import ArtifactError
 
-# Families whose forward takes a mask of shape (rows, 1, tokens, tokens) and explicit positions; each is tested.
-TREE_FAMILIES = frozenset({"glm", "llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt2"})
 # Most fp32 log-probabilities held at once: rows x positions x vocabulary.
 LOGITS_LIMIT = 2**26
-
-ScoredBatch = tuple[list[int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,13 @@ class AnswerTree:
         paths = [[walk(word) for word in words] for words in answers]
         return cls(tokens, ancestors, paths)
 
+    def shape(self) -> AnswerShape:
+        """Return how the nodes see each other: each its ancestors."""
+        seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
+        for node, above in enumerate(self.ancestors):
+            seen[node, above] = True
+        return AnswerShape([len(above) - 1 for above in self.ancestors], seen)
+
 
 class LabelScorer:
     """Scores labels with a model.
@@ -71,24 +75,40 @@ class LabelScorer:
         model: A causal language model of transformers, with or without a PEFT adapter.
         answers: Token sequences by label and word, each with the end token.
         pad_id: Token on padded places; never seen by a real one.
-        tree: Read each prompt once; None: where the model's family is known to allow it.
+        packed: Read packed rows; the model must have been told with `enable_packing`.
+        shared: Tokens that prompts begin with, read once for all prompts that do.
     """
 
     def __init__(
-        self, model: Any, answers: Sequence[Sequence[Sequence[int]]], *, pad_id: int, tree: bool | None = None
+        self,
+        model: Any,
+        answers: Sequence[Sequence[Sequence[int]]],
+        *,
+        pad_id: int,
+        packed: bool,
+        shared: Sequence[int] = (),
     ) -> None:
         self._model = model
         self._answers = [[list(word) for word in words] for words in answers]
         self._tree = AnswerTree.build(answers)
+        self._shape = self._tree.shape()
         self._pad_id = pad_id
-        self._uses_tree = allows_tree(model.config) if tree is None else tree
+        self._packed = packed
+        self._shared = list(shared) if packed else []
+        self._beginning: Beginning | None = None
         self._extra = forward_arguments(model)
 
+    def start(self) -> None:
+        """Forget what was read of the shared tokens: the model may have changed since."""
+        self._beginning = None
+
     def plan(self, lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-        """Group prompts of the given lengths into batches of at most about `batch_tokens` padded tokens."""
-        tail = len(self._tree.tokens) if self._uses_tree else max(len(w) for words in self._answers for w in words)
-        positions = (len(self._tree.tokens) if self._uses_tree else tail) + 1
-        max_rows = max(1, LOGITS_LIMIT // (positions * self._model.config.get_text_config().vocab_size))
+        """Group prompts of the given lengths into batches of at most about `batch_tokens` tokens, padding included."""
+        longest = max(len(word) for words in self._answers for word in words)
+        tail = len(self._tree.tokens) if self._packed else longest
+        max_rows = max(1, LOGITS_LIMIT // ((tail + 1) * self._model.config.get_text_config().vocab_size))
+        if self._packed:
+            return plan_packed([length - len(self._shared) + tail for length in lengths], batch_tokens, max_rows)
         return plan_batches([length + tail for length in lengths], batch_tokens, max_rows)
 
     @torch.inference_mode()
@@ -100,7 +120,7 @@ class LabelScorer:
         Raises:
             ArtifactError: A score is not a number.
         """
-        words = self._score_tree(prompts) if self._uses_tree else self._score_plain(prompts)
+        words = self._score_packed(prompts) if self._packed else self._score_plain(prompts)
         first, labels = 0, []
         for label in self._answers:
             labels.append(words[:, first : first + len(label)].logsumexp(dim=1))
@@ -113,16 +133,38 @@ class LabelScorer:
             )
         return scores
 
-    def _score_tree(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return word scores, shape `(prompts, words)`, from one forward over prompts and answer tree."""
-        device = self._model.device
-        batch = tree_batch(prompts, self._tree, self._pad_id, self._model.dtype, device)
+    def _score_packed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return word scores, shape `(prompts, words)`, from one forward over prompts and answer trees."""
+        size = len(self._shared)
+        shares = [len(ids) > size and list(ids[:size]) == self._shared for ids in prompts]
+        scores: dict[int, torch.Tensor] = {}
+        for shared in (True, False):
+            numbers = [number for number, shares_it in enumerate(shares) if shares_it == shared]
+            if numbers:
+                rows = [prompts[number][size if shared else 0 :] for number in numbers]
+                found = self._word_scores(rows, self._read_shared() if shared else NOTHING)
+                scores |= dict(zip(numbers, found, strict=True))
+        return torch.stack([scores[number] for number in range(len(prompts))])
+
+    def _read_shared(self) -> Beginning:
+        if self._beginning is None:
+            self._beginning = read_beginning(self._model, self._shared)
+        return self._beginning
+
+    def _word_scores(self, rows: Sequence[Sequence[int]], beginning: Beginning) -> torch.Tensor:
         kept = len(self._tree.tokens) + 1
-        log_probs = self._log_probs(batch, kept)
+        logits = packed_logits(
+            self._model,
+            [Row(ids, self._tree.tokens) for ids in rows],
+            beginning,
+            [range(len(ids) - 1, len(ids) - 1 + kept) for ids in rows],
+            self._shape,
+        )
+        log_probs = logits.view(len(rows), kept, -1).float().log_softmax(dim=-1)
         columns = []
         for path in (word for words in self._tree.paths for word in words):
-            places = torch.tensor([place for place, _ in path], device=device)
-            tokens = torch.tensor([token for _, token in path], device=device)
+            places = torch.tensor([place for place, _ in path], device=log_probs.device)
+            tokens = torch.tensor([token for _, token in path], device=log_probs.device)
             columns.append(log_probs[:, places, tokens].sum(dim=1))
         return torch.stack(columns, dim=1)
 
@@ -141,25 +183,6 @@ class LabelScorer:
         return last_logits(self._model, batch, kept, self._extra).float().log_softmax(dim=-1)
 
 
-def score_in_batches(
-    scorer: LabelScorer,
-    prompts: Sequence[Sequence[int]],
-    batches: Sequence[Sequence[int]],
-    done: Callable[[Sequence[int], torch.Tensor], None],
-) -> None:
-    """Score the prompts batch by batch and hand each batch's indices and scores to `done`."""
-    for batch in batches:
-        done(batch, scorer.score([prompts[index] for index in batch]))
-
-
-def allows_tree(config: Any) -> bool:
-    """Whether answers may hang on the prompt as a tree: a known family in which every layer sees everything."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    return text.model_type in TREE_FAMILIES and kinds == {"full_attention"} and window is None
-
-
 def forward_arguments(model: Any) -> frozenset[str]:
     """Return which optional arguments the base's forward takes."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -176,31 +199,3 @@ def last_logits(model: Any, batch: Batch, kept: int, takes: frozenset[str]) -> t
         **{name: value for name, value in extra.items() if name in takes},
     ).logits
     return logits[:, -kept:]
-
-
-def tree_batch(
-    prompts: Sequence[Sequence[int]], tree: AnswerTree, pad_id: int, dtype: torch.dtype, device: torch.device
-) -> Batch:
-    """Return prompts, padded on the left, with the answer tree behind each.
-
-    The mask is additive, shape `(rows, 1, tokens, tokens)`: a prompt token sees the real ones up to itself, a node
-    sees the prompt and its ancestors. Padding sees itself, because a row that sees nothing is NaN.
-    """
-    head = pad_left(prompts, pad_id, device)
-    rows, width = head.input_ids.shape
-    size = width + len(tree.tokens)
-    nodes = torch.tensor(tree.tokens, dtype=torch.long, device=device).expand(rows, -1)
-    depths = torch.tensor([len(above) for above in tree.ancestors], dtype=torch.long, device=device)
-
-    seen = torch.zeros(rows, size, size, dtype=torch.bool, device=device)
-    real = head.attention_mask.bool()
-    seen[:, :width, :width] = real[:, None, :] & torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    seen[:, width:, :width] = real[:, None, :]
-    for node, above in enumerate(tree.ancestors):
-        seen[:, width + node, [width + ancestor for ancestor in above]] = True
-    seen |= torch.eye(size, dtype=torch.bool, device=device)
-    mask = torch.zeros(rows, 1, size, size, dtype=dtype, device=device)
-    mask.masked_fill_(~seen[:, None], torch.finfo(dtype).min)
-
-    positions = head.position_ids[:, -1:] + depths
-    return Batch(torch.cat([head.input_ids, nodes], dim=1), mask, torch.cat([head.position_ids, positions], dim=1))

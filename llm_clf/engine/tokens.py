@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_clf.engine.packing import common_beginning
 from llm_clf.errors import ConfigError, LabelError
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task
 
 # Stands for the message while the chat template is rendered; nothing that a template would change or strip.
 _PLACE = "llm-clf-message-goes-here"
+# Texts that begin with kinds of characters which tokenizers join differently with what stands before them.
+PROBES = ("", "a", "Z", "1", "(", " x", "中", "é", "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,14 @@ class PromptTokenizer:
             else:
                 examples.append(Example(self._encode_inputs([self._shorten(prompt.input)])[0], cut=True))
         return examples
+
+    def shared(self) -> list[int]:
+        """Return the tokens that a prompt of this task begins with, whatever its text.
+
+        They are found by trying texts that begin in different ways; whether a prompt has them is looked at again.
+        """
+        texts = [self.task.render(dict.fromkeys(self.task.columns, text)) for text in PROBES]
+        return common_beginning(self._encode_inputs(texts))
 
     def answer(self, label: str) -> list[int]:
         """Return the tokens that training teaches for a label, with the end token."""

@@ -17,10 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from llm_clf.config import TrainSettings
+from llm_clf.config import SpeedSettings, TrainSettings
 from llm_clf.console import progress, say
-from llm_clf.engine.batches import pad_left, plan_batches
+from llm_clf.engine.batches import pad_left, plan_batches, plan_packed
+from llm_clf.engine.packing import (
+    Beginning,
+    Row,
+    common_beginning,
+    packed_logits,
+    read_beginning,
+    without_adapter_dropout,
+)
 from llm_clf.engine.scoring import forward_arguments, last_logits
+from llm_clf.engine.speed import speed_up
 from llm_clf.errors import ArtifactError, TrainingError
 from llm_clf.files import cannot_write, read_json, replace_folder, write_json
 from llm_clf.models.adapters import adapter_state, load_adapter_state, trainable
@@ -68,6 +77,7 @@ def train(
     model: Any,
     examples: Sequence[TrainingExample],
     settings: TrainSettings,
+    speed: SpeedSettings,
     *,
     accelerator: Accelerator,
     pad_id: int,
@@ -82,6 +92,7 @@ def train(
         model: The base with a fresh adapter.
         examples: What to learn, in the order of the prompts file.
         settings: The `train` section, without `auto`.
+        speed: Which work is spared.
         accelerator: Gives the device, scales fp16 gradients, saves and loads state, logs to TensorBoard.
         pad_id: Token on padded places.
         evaluate: Returns the validation metrics of the model as it is now; None: no validation rows.
@@ -99,7 +110,7 @@ def train(
     due = _evaluation_steps(per_epoch, total, settings.eval_every) if evaluate else set()
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    takes = forward_arguments(model)
+    backward = _backward_of(model, examples, settings, speed, pad_id, accelerator)
     saved = time.monotonic()
 
     with progress("training", total, "steps", done=state.step) as advance:
@@ -108,7 +119,7 @@ def train(
             started = time.monotonic()
             rows = _rows_of_step(state.step, len(examples), settings)
             batch = [examples[row] for row in rows]
-            loss = _backward(model, batch, int(settings.micro_batch_tokens), pad_id, takes, accelerator)
+            loss = backward(batch)
             norm = accelerator.clip_grad_norm_(trainable(model), MAX_GRAD_NORM)
             _require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
             optimizer.step()
@@ -165,25 +176,73 @@ def answer_loss(model: Any, batch: Sequence[TrainingExample], pad_id: int, takes
     return (losses.view(len(batch), longest).sum(dim=1) * weights).sum()
 
 
-def _backward(
+def packed_answer_loss(model: Any, batch: Sequence[TrainingExample], beginning: Beginning) -> torch.Tensor:
+    """Return the same as `answer_loss`, from rows that stand one behind another.
+
+    Args:
+        model: A model with `enable_packing`.
+        batch: Rows.
+        beginning: The tokens that all of them begin with, read before.
+    """
+    # The last token is predicted and never read.
+    rows = [Row([*example.ids, *example.answer[:-1]][beginning.tokens :]) for example in batch]
+    wanted = [range(len(row.ids) - len(example.answer), len(row.ids)) for row, example in zip(rows, batch, strict=True)]
+    logits = packed_logits(model, rows, beginning, wanted).float()
+    targets = torch.tensor([token for example in batch for token in example.answer], device=logits.device)
+    weights = torch.tensor([example.weight for example in batch for _ in example.answer], device=logits.device)
+    return (cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+
+def _backward_of(
     model: Any,
-    batch: Sequence[TrainingExample],
-    budget: int,
+    examples: Sequence[TrainingExample],
+    settings: TrainSettings,
+    speed: SpeedSettings,
     pad_id: int,
-    takes: frozenset[str],
     accelerator: Accelerator,
-) -> float:
-    """Add up the gradients of one optimiser step in micro-batches; return its loss.
+) -> Callable[[Sequence[TrainingExample]], float]:
+    """Return what adds up the gradients of one optimiser step in micro-batches, and returns its loss.
 
     The loss is the mean over the step's answers, weighted: how the step is cut does not change it.
     """
+    budget = int(settings.micro_batch_tokens)
+    if not speed_up(model, speed):
+        takes = forward_arguments(model)
+
+        def plain(batch: Sequence[TrainingExample]) -> float:
+            cut = plan_batches([len(example.ids) + len(example.answer) for example in batch], budget)
+            return _add_up(batch, cut, lambda rows: answer_loss(model, rows, pad_id, takes), accelerator)
+
+        return plain
+    shared = common_beginning(example.ids for example in examples) if speed.shared_prefix else []
+
+    def packed(batch: Sequence[TrainingExample]) -> float:
+        with without_adapter_dropout(model):
+            made = read_beginning(model, shared)
+        leaves = made.leaves()
+        cut = plan_packed([len(example.ids) + len(example.answer) - 1 - len(shared) for example in batch], budget)
+        loss = _add_up(batch, cut, lambda rows: packed_answer_loss(model, rows, leaves), accelerator)
+        # Where activations are computed again, that too is done without dropout.
+        with without_adapter_dropout(model):
+            made.backward(leaves)
+        return loss
+
+    return packed
+
+
+def _add_up(
+    batch: Sequence[TrainingExample],
+    cut: Sequence[Sequence[int]],
+    loss_of: Callable[[list[TrainingExample]], torch.Tensor],
+    accelerator: Accelerator,
+) -> float:
     whole = sum(example.weight for example in batch)
-    loss = torch.zeros((), device=model.device)
-    for rows in plan_batches([len(example.ids) + len(example.answer) for example in batch], budget):
-        part = answer_loss(model, [batch[row] for row in rows], pad_id, takes) / whole
+    losses = []
+    for rows in cut:
+        part = loss_of([batch[row] for row in rows]) / whole
         accelerator.backward(part)
-        loss += part.detach()
-    return loss.item()
+        losses.append(part.detach())
+    return torch.stack(losses).sum().item()
 
 
 def _prepare(model: Any, settings: TrainSettings, total: int, accelerator: Accelerator) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from llm_clf.models.chatglm.config import ROPE, family_of, is_chatglm, is_chatgl
 from llm_clf.models.chatglm.tokenizer import MODEL, build_tokenizer, end_ids
 from llm_clf.models.chatglm.weights import native_weights
 from llm_clf.models.devices import DTYPES
-from llm_clf.models.quantization import quantization_config, require_loaded
+from llm_clf.models.quantization import quantization_config, require_loaded, require_usable
 
 SHIPPED = Path(__file__).resolve().parent / DEFAULT_BASE
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -175,6 +175,7 @@ def load_model(base: ModelSettings, *, dtype: str, device: torch.device) -> Any:
                 find_base(base.name), trust_remote_code=False, **options
             )
         _require_whole(base.name, report)
+    require_usable(model, base.quantization, base.name)
     return model.eval().requires_grad_(False)
 
 

@@ -1,8 +1,8 @@
 """Estimated memory of a training, by mode: from a base's config alone, no weight is loaded.
 
-The formulas follow what PyTorch, PEFT and bitsandbytes keep; each function says where its terms come from. They assume
-a decoder of attention and a gated MLP, attention that never holds its scores (SDPA), an adapter in fp32, no autocast.
-Mixtures of experts and sliding or linear attention are estimated as if they were such a decoder.
+The formulas follow what PyTorch, PEFT, bitsandbytes and this package keep; each function says where its terms come
+from. They assume a decoder of attention and a gated MLP, an adapter in fp32, no autocast. Mixtures of experts and sliding
+or linear attention are estimated as if they were such a decoder.
 """
 
 import math
@@ -22,9 +22,11 @@ ANSWER_TOKENS = 2
 # CPU: Python with torch, transformers and PEFT, resident and measured. CUDA: cuBLAS workspaces and what the caching
 # allocator rounds up; the context itself is already missing from the free memory that a process reads of a card.
 RUNTIME_BYTES = {"cpu": 9 * 2**26, "cuda": 2**28}
-# On CPU glibc keeps freed blocks of up to 32 MiB instead of giving them back: 300 to 700 MiB were seen in trainings of
-# a 45-million-weight base, and none with MALLOC_MMAP_THRESHOLD_ set.
-RETAINED_BYTES = 2**29
+# On CPU glibc takes blocks of up to 32 MiB from a heap that is full of holes after the first micro-batch: trainings of
+# 100 million weights held 40 to 60 % more than their tensors, and none more with MALLOC_MMAP_THRESHOLD_=1048576, which
+# takes up to twice the time. Larger blocks are given back.
+RETAINED_SHARE = 0.5
+RETAINED_BYTES = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class BaseShape:
     """Width inside the MLP."""
     vocabulary: int
     """Tokens in the output embedding."""
+    heads: int = 1
+    """Attention heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ def estimate(
     device: str,
     dropout: bool,
     checkpointing: bool,
+    packed: bool = True,
+    fast_lora: bool = True,
 ) -> Estimate:
     """Return the estimate of one mode of `MODES`.
 
@@ -116,12 +122,16 @@ def estimate(
         device: `cuda` or `cpu`.
         dropout: Whether the adapter's dropout is above 0.
         checkpointing: Whether activations are computed again in the backward.
+        packed: Whether rows stand one behind another (`speed.packing`).
+        fast_lora: Whether the adapter computes in the base's type (`speed.fast_lora`).
     """
-    layer = layer_bytes(mode, size, base, adapter, batch, device=device, dropout=dropout)
+    # A quantised layer has PEFT's own forward.
+    fast = fast_lora and mode not in QUANTIZED
+    layer = layer_bytes(mode, size, base, adapter, batch, device=device, dropout=dropout, packed=packed, fast=fast)
     # With checkpointing each layer keeps its input only; one layer at a time is computed again and kept whole.
     kept = base.layers * batch.tokens * base.hidden * size + layer
     activations = kept if checkpointing else base.layers * layer
-    workspace = workspace_bytes(mode, size, base, batch)
+    workspace = workspace_bytes(mode, size, base, batch, packed=packed, fast=fast)
     return Estimate(
         weights=weight_bytes(mode, size, base),
         adapter=adapter_bytes(adapter.parameters),
@@ -163,51 +173,70 @@ def adapter_bytes(parameters: int) -> int:
 
 
 def layer_bytes(
-    mode: str, size: int, base: BaseShape, adapter: AdapterShape, batch: MicroBatch, *, device: str, dropout: bool
+    mode: str,
+    size: int,
+    base: BaseShape,
+    adapter: AdapterShape,
+    batch: MicroBatch,
+    *,
+    device: str,
+    dropout: bool,
+    packed: bool,
+    fast: bool,
 ) -> int:
     """Return the bytes that one decoder layer keeps of a micro-batch for the backward.
 
     For each token, with b bytes a value, h hidden, a attention, f intermediate. The base is frozen, so that its
-    linear layers keep nothing; the rest is what autograd was seen to keep (within 6 % for glm, llama and qwen2,
-    15 % for gpt2):
+    linear layers keep nothing; the rest is what autograd was seen to keep (within 10 % for glm and llama):
 
     - two norms, each its input in fp32: 2 * 4h;
-    - attention: query, key and value (repeated to all heads) and the result: 4a * b;
+    - attention: query, key and value (repeated to all heads) and the result: 4a * b. Packed on CPU it is the query and
+      the softmax over the row, heads * row * b; keys and values are not repeated;
     - the gated MLP: gate, activated gate and the other half: 3f * b;
-    - in front of every adapted layer PEFT makes an fp32 copy of the input: 4 * inputs. In fp32 there is none, but
-      the two norms' results and the MLP's product are kept for the adapter: 4 * (2h + f). With dropout each layer
-      keeps a dropped-out fp32 copy in any mode, and the mask: 1 byte on CUDA, 4 on CPU;
-    - between the adapter's two matrices: 4 * rank;
-    - 8bit: bitsandbytes keeps the inputs too: (2h + f) * b.
+    - the adapter's input, each layer a copy of its own that dropout made, with its mask: 1 byte on CUDA, a number on
+      CPU. It is in fp32 as PEFT computes it, in b bytes where `fast`. Without dropout PEFT's fp32 copy stays; where
+      there is nothing to convert, the inputs themselves: the two norms' results, the MLP's product and, packed, the
+      rows' attention put together, (2h + f + a) * b;
+    - between the adapter's two matrices: its type's bytes * rank;
+    - 8bit: bitsandbytes keeps the inputs too.
 
-    The attention mask, tokens x longest row, is shared by all layers and counted in `workspace_bytes`.
+    The attention mask is shared by all layers and counted in `workspace_bytes`.
     """
+    number = size if fast else 4
     inputs = adapter.inputs / base.layers
-    token: float = 2 * 4 * base.hidden + 4 * base.attention * size + 3 * base.intermediate * size
-    if dropout:
-        token += inputs * (4 + (1 if device == "cuda" else 4))
+    shared = (2 * base.hidden + base.intermediate + (base.attention if packed else 0)) * size
+    on_cpu = device == "cpu"
+    token: float = 2 * 4 * base.hidden + 3 * base.intermediate * size
+    if packed and on_cpu:
+        token += base.attention * size + base.heads * batch.longest * size
     else:
-        token += 4 * (2 * base.hidden + base.intermediate) if size == 4 else 4 * inputs
-    token += 4 * adapter.ranks / base.layers
-    if mode == "8bit":
-        token += (2 * base.hidden + base.intermediate) * size
+        token += 4 * base.attention * size
+    if dropout:
+        token += inputs * (number + (number if on_cpu else 1))
+    else:
+        token += shared if number == size else inputs * number
+    token += number * adapter.ranks / base.layers
+    if mode == "8bit" and (dropout or number != size):
+        token += shared
     return math.ceil(token * batch.tokens)
 
 
-def workspace_bytes(mode: str, size: int, base: BaseShape, batch: MicroBatch) -> int:
+def workspace_bytes(mode: str, size: int, base: BaseShape, batch: MicroBatch, *, packed: bool, fast: bool) -> int:
     """Return the bytes of the largest temporary values.
 
     At the widest linear layer the base's result (b bytes) stands beside the adapter's result, that result scaled, and
-    their sum (fp32 each), and a quantised weight is unpacked to be multiplied. At the end
-    of the forward it is the logits of the answers' places and the one before them: b bytes, then in fp32 a copy, the
-    log-softmax and its gradient. The two moments do not meet. The attention mask is there in both.
+    their sum (fp32 each). Where `fast`, it is the MLP's backward that holds most: gradients of both halves, of the gate
+    before its activation, and of the two put together, 2.5 times the widest result. A quantised weight is unpacked to
+    be multiplied. At the end of the forward it is the logits of the answers' places and the one before them: b bytes,
+    then in fp32 a copy, the log-softmax and its gradient. The two moments do not meet. The attention mask is there in
+    both: of the longest row where rows are packed, else of all.
     """
     widest = max((outputs for _, outputs in base.linears), default=base.hidden)
-    linear = batch.tokens * widest * (size + 3 * 4)
+    linear = math.ceil(batch.tokens * widest * (2.5 * size if fast else size + 3 * 4))
     if mode in QUANTIZED:
         linear += max((inputs * outputs for inputs, outputs in base.linears), default=0) * size
     logits = batch.rows * (batch.answer + 1) * base.vocabulary * (size + 3 * 4)
-    return max(linear, logits) + batch.tokens * batch.longest * size
+    return max(linear, logits) + (batch.longest if packed else batch.tokens) * batch.longest * size
 
 
 def runtime_bytes(device: str, moving: int) -> int:
@@ -217,7 +246,8 @@ def runtime_bytes(device: str, moving: int) -> int:
         device: `cuda` or `cpu`.
         moving: Bytes that are taken and given back in every step.
     """
-    return RUNTIME_BYTES[device] + (min(RETAINED_BYTES, moving) if device == "cpu" else 0)
+    retained = min(RETAINED_BYTES, int(RETAINED_SHARE * moving)) if device == "cpu" else 0
+    return RUNTIME_BYTES[device] + retained
 
 
 def largest_micro_batch(longest: int, mean: float, *, answer: int, batch_size: int, budget: int) -> MicroBatch:
@@ -265,6 +295,7 @@ def base_shape(model: Any) -> BaseShape:
         # Some configs (GPT-2, BLOOM) do not say it: there the MLP's second layer is the one with the most inputs.
         intermediate=getattr(config, "intermediate_size", None) or max((n for n, _ in linears), default=0),
         vocabulary=config.vocab_size,
+        heads=heads,
     )
 
 

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
-from llm_clf.errors import ArtifactError
+from llm_clf.errors import ArtifactError, ConfigError
 
 # Relative error of a whole weight, by Frobenius norm. NF4 of normally distributed weights has 0.09, int8 0.01; another
 # weight in its place has 1 or more.
 ERROR_LIMIT = 0.5
 # Rows of a quantised weight that are compared: quantisation takes long enough.
 SAMPLE = 64
+# Weights that share a scale in NF4.
+BLOCK = 64
 
 
 def quantization_config(mode: str, compute: torch.dtype) -> Any:
@@ -34,6 +36,22 @@ def quantization_config(mode: str, compute: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def require_usable(model: Any, mode: str, name: str) -> None:
+    """Refuse a 4-bit base whose layers bitsandbytes cannot multiply on this device.
+
+    Raises:
+        ConfigError: On a CPU, a layer's inputs are no multiple of the 64 that share a scale.
+    """
+    if mode != "4bit" or model.device.type != "cpu":
+        return
+    for layer, part in model.named_modules():
+        if hasattr(part, "quant_state") and part.in_features % BLOCK:
+            raise ConfigError(
+                f"model.quantization 4bit: {layer} of {name} has {part.in_features} inputs, and on a CPU bitsandbytes "
+                f"needs a multiple of {BLOCK}. Use 8bit or none, or a CUDA card."
+            )
 
 
 def require_loaded(model: Any, weights: Mapping[str, torch.Tensor], name: str) -> None:
