@@ -9,6 +9,7 @@ import typer
 from llm_clf.errors import LlmClfError
 
 INTERRUPTED = 130
+RESUMABLE = {"finetune", "predict", "import-chatglm"}
 
 app = typer.Typer(
     name="llm-clf",
@@ -254,7 +255,8 @@ def main() -> None:
     except SystemExit as leaving:
         # Typer turns Ctrl-C into this exit code, without a word.
         if leaving.code == INTERRUPTED:
-            print("Interrupted; the same command with --resume goes on.", file=sys.stderr)
+            goes_on = "; the same command with --resume goes on" if set(sys.argv) & RESUMABLE else ""
+            print(f"Interrupted{goes_on}.", file=sys.stderr)
         raise
 
 

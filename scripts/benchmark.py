@@ -4,11 +4,12 @@ scripts/benchmark.py [--rows FILE.csv] [--count 256] [--guideline TOKENS] [--rep
                      [--trl PYTHON] [--llamafactory PYTHON] [--only NAME,NAME] [--out FILE.json]
 
 The base is a random Glm of about 100 million weights (hidden 768, 12 layers, 12 heads on 2, FFN 2048, vocabulary
-16,000) in bf16, LoRA r 8 on all linear layers, no dropout, 16 rows a step. PYTHON is the interpreter of an environment of its
-own (`pip install trl peft accelerate datasets transformers`, `pip install llamafactory`); without one that tool is left
-out. Each runs in a process of its own, in turn, `--repeats` times; the time of training is that from the end of the
-first step to the end of the last, the time of prediction that of all rows without loading. Rows of a CSV file need the
-columns title, abstract and label; without a file words are drawn so that rows are about as long as paper abstracts.
+16,000) in bf16, LoRA r 8 on all linear layers, no dropout, 16 rows a step. PYTHON is the interpreter of an
+environment of its own (`pip install trl peft accelerate datasets transformers`, `pip install llamafactory`); without
+one that tool is left out. Each runs in a process of its own, in turn, `--repeats` times; the time of training is that
+from the end of the first step to the end of the last, the time of prediction that of all rows without loading. Rows of
+a CSV file need the columns title, abstract and label; without a file words are drawn so that rows are about as long as
+paper abstracts.
 """
 
 import argparse
@@ -216,7 +217,8 @@ def llamafactory_predict(work: Path) -> dict[str, Any]:
     run_exp(
         _llamafactory(work)
         | {
-            "do_predict": True, "dataset": None, "eval_dataset": "rows", "predict_with_generate": True, "per_device_eval_batch_size": 8, "max_new_tokens": 3,
+            "do_predict": True, "dataset": None, "eval_dataset": "rows", "predict_with_generate": True,
+            "per_device_eval_batch_size": 8, "max_new_tokens": 3,
             "do_sample": False, "finetuning_type": "lora", "bf16": True,
         }
     )  # fmt: skip

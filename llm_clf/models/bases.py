@@ -157,9 +157,10 @@ def load_model(base: ModelSettings, *, dtype: str, device: torch.device) -> Any:
     options = {
         "dtype": DTYPES[dtype],
         "device_map": {"": device},
-        "quantization_config": quantization_config(base.quantization, DTYPES[dtype]),
         "output_loading_info": True,
     }
+    if base.quantization != "none":
+        options["quantization_config"] = quantization_config(base.quantization, DTYPES[dtype])
     if folder is not None:
         _fetch_weights(base.name, folder)
         config = native_config(folder, rope_ratio=base.rope_ratio)

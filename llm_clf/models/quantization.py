@@ -17,15 +17,13 @@ BLOCK = 64
 
 
 def quantization_config(mode: str, compute: torch.dtype) -> Any:
-    """Return what transformers needs to quantise while it loads; None for `none`.
+    """Return what transformers needs to quantise while it loads.
 
     Args:
-        mode: `none`, `8bit` (LLM.int8(), https://arxiv.org/abs/2208.07339) or `4bit` (NF4 with double quantisation,
+        mode: `8bit` (LLM.int8(), https://arxiv.org/abs/2208.07339) or `4bit` (NF4 with double quantisation,
             https://arxiv.org/abs/2305.14314).
         compute: What weights are unpacked to and multiplied in.
     """
-    if mode == "none":
-        return None
     from transformers import BitsAndBytesConfig
 
     if mode == "8bit":
