@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from llm_clf.commands.doctor import PACKAGES, SUMS, doctor, doctor_text, shipped_faults
-from llm_clf.config import LoraSettings, ModelSettings
+from llm_clf.config import LoraSettings, ModelSettings, SpeedSettings
+from llm_clf.engine.packing import NOTHING
+from llm_clf.engine.speed import speed_up
+from llm_clf.engine.training import TrainingExample, packed_answer_loss
 from llm_clf.errors import ArtifactError, DataError
 from llm_clf.models.adapters import new_adapter
 from llm_clf.models.bases import SHIPPED
@@ -17,6 +20,7 @@ from llm_clf.models.memory import (
     DTYPE_BYTES,
     MODES,
     RETAINED_BYTES,
+    RETAINED_SHARE,
     RUNTIME_BYTES,
     AdapterShape,
     BaseShape,
@@ -165,15 +169,18 @@ def test_estimate_of_a_tiny_base_by_hand(base: Path) -> None:
         """Norms, attention, MLP, what the adapter's inputs take, between its matrices."""
         return 300 * (2 * 4 * 32 + 4 * 32 * size + 3 * 64 * size + kept_inputs + 4 * 6 * 8)
 
+    plain = {"device": "cpu", "dropout": False, "checkpointing": False, "packed": False, "fast_lora": False}
+
     def found(mode: str, **changes: Any) -> Any:
-        options = {"device": "cpu", "dropout": False, "checkpointing": False, **changes}
-        return estimate(mode, DTYPE_BYTES.get(mode, 2), shape, adapter, batch, **options)
+        options = {**plain, **changes}
+        size = options.pop("size", DTYPE_BYTES.get(mode, 2))
+        return estimate(mode, size, shape, adapter, batch, **options)
 
     fp32 = found("fp32")
     assert fp32.weights == 4 * PARAMETERS and fp32.adapter == 16 * ADAPTER
     assert fp32.activations == 2 * layer(4, 4 * (2 * 32 + 64))
     assert fp32.workspace == 300 * 128 * (4 + 12) + 300 * 100 * 4
-    assert fp32.runtime == RUNTIME_BYTES["cpu"] + fp32.activations + fp32.workspace
+    assert fp32.runtime == RUNTIME_BYTES["cpu"] + int(RETAINED_SHARE * (fp32.activations + fp32.workspace))
     assert found("fp32", device="cuda").runtime == RUNTIME_BYTES["cuda"]
     assert fp32.peak == fp32.weights + fp32.adapter + fp32.activations + fp32.workspace + fp32.runtime
     inputs = 5 * 32 + 64
@@ -181,6 +188,8 @@ def test_estimate_of_a_tiny_base_by_hand(base: Path) -> None:
     assert found("bf16", dropout=True).activations == 2 * layer(2, (4 + 4) * inputs)
     assert found("bf16", dropout=True, device="cuda").activations == 2 * layer(2, (4 + 1) * inputs)
     assert found("8bit").activations == 2 * layer(2, 4 * inputs + 2 * (2 * 32 + 64))
+    # What computes in fp32 needs no copy of the input that bitsandbytes keeps.
+    assert found("8bit", size=4).activations == fp32.activations
     assert found("bf16", checkpointing=True).activations == 2 * 300 * 32 * 2 + layer(2, 4 * inputs)
     half = 2 * (PARAMETERS - 2 * LAYER_WEIGHTS)
     assert found("8bit").weights == half + 2 * (LAYER_WEIGHTS + 4 * (32 + 16 + 16 + 32 + 128 + 32))
@@ -189,12 +198,34 @@ def test_estimate_of_a_tiny_base_by_hand(base: Path) -> None:
     assert found("4bit").workspace == 300 * 128 * (2 + 12) + 32 * 128 * 2 + 300 * 100 * 2
 
 
+def test_estimate_of_packed_rows_by_hand(base: Path) -> None:
+    model = empty_model(ModelSettings(name=str(base)))
+    shape, adapter = base_shape(model), adapter_shape(new_adapter(model, LoraSettings(), seed=0))
+    batch = MicroBatch(tokens=300, rows=4, longest=100, answer=2)
+    rest, shared, inputs = 2 * 4 * 32 + 3 * 64 * 2, 2 * (2 * 32 + 64 + 32), 5 * 32 + 64
+    # Query, and softmax of 4 heads over the row; on CUDA what SDPA keeps.
+    cpu, cuda = 32 * 2 + 4 * 100 * 2, 4 * 32 * 2
+
+    def found(mode: str = "bf16", device: str = "cpu", *, dropout: bool = True) -> Any:
+        return estimate(mode, 2, shape, adapter, batch, device=device, dropout=dropout, checkpointing=False)
+
+    assert found().activations == 2 * 300 * (rest + cpu + (2 + 2) * inputs + 2 * 6 * 8)
+    assert found(dropout=False).activations == 2 * 300 * (rest + cpu + shared + 2 * 6 * 8)
+    assert found(device="cuda").activations == 2 * 300 * (rest + cuda + (2 + 1) * inputs + 2 * 6 * 8)
+    # PEFT's forward at quantised layers, in fp32.
+    assert found("4bit").activations == 2 * 300 * (rest + cpu + (4 + 4) * inputs + 4 * 6 * 8)
+    assert found("8bit").activations == 2 * 300 * (rest + cpu + (4 + 4) * inputs + 4 * 6 * 8 + shared)
+    assert found().workspace == 300 * 128 * 5 + 100 * 100 * 2
+
+
 def test_logits_are_the_workspace_of_a_large_vocabulary() -> None:
     base = BaseShape(10, ((8, 8),), layers=1, hidden=8, attention=8, intermediate=8, vocabulary=100_000)
-    assert workspace_bytes("fp32", 4, base, MicroBatch(64, 4, 16, 3)) == 4 * 4 * 100_000 * 16 + 64 * 16 * 4
+    found = workspace_bytes("fp32", 4, base, MicroBatch(64, 4, 16, 3), packed=False, fast=False)
+    assert found == 4 * 4 * 100_000 * 16 + 64 * 16 * 4
 
 
-def test_the_allocator_holds_back_only_so_much() -> None:
+def test_the_allocator_holds_back_a_share_and_no_more_than_so_much() -> None:
+    assert runtime_bytes("cpu", 2**20) == RUNTIME_BYTES["cpu"] + RETAINED_SHARE * 2**20
     assert runtime_bytes("cpu", 2**40) == RUNTIME_BYTES["cpu"] + RETAINED_BYTES
 
 
@@ -210,7 +241,7 @@ def test_fewer_bits_take_less(make_base: Any, family: str) -> None:
     assert size["4bit"] < size["8bit"] < size["fp16"] == size["bf16"] < size["fp32"]
 
 
-def kept_bytes(model: Any, rows: int, tokens: int) -> int:
+def kept_bytes(model: Any, rows: int, tokens: int, *, lean: bool) -> int:
     """Return the bytes that autograd keeps in a forward, the weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -221,18 +252,25 @@ def kept_bytes(model: Any, rows: int, tokens: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    speed_up(model, SpeedSettings(packing=lean, shared_prefix=lean, fast_lora=lean))
     ids = torch.randint(5, 261, (rows, tokens))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+        if lean:
+            # The last token of the answer is not read.
+            examples = [TrainingExample(row[:-1].tolist(), [5, 6], 1.0) for row in ids]
+            packed_answer_loss(model, examples, NOTHING)
+        else:
+            mask = torch.ones_like(ids)
+            mask[0, :3] = 0
+            model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["glm", "llama"])
-def test_activations_are_what_autograd_keeps(family: str, mode: str, dropout: float) -> None:
+def test_activations_are_what_autograd_keeps(family: str, mode: str, dropout: float, lean: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -260,8 +298,10 @@ def test_activations_are_what_autograd_keeps(family: str, mode: str, dropout: fl
         device="cpu",
         dropout=dropout > 0,
         checkpointing=False,
+        packed=lean,
+        fast_lora=lean,
     )
-    assert found.activations == pytest.approx(kept_bytes(adapted, 4, 32), rel=0.1)
+    assert found.activations == pytest.approx(kept_bytes(adapted, 4, 32, lean=lean), rel=0.1)
 
 
 def test_parameters_of_a_chatglm2_6b() -> None:

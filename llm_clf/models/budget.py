@@ -95,7 +95,16 @@ def plan_training(
         )
         dropout = settings.lora.dropout > 0
         found = estimate(
-            mode, size, shapes.base, shapes.adapter, batch, device=device, dropout=dropout, checkpointing=checkpointing
+            mode,
+            size,
+            shapes.base,
+            shapes.adapter,
+            batch,
+            device=device,
+            dropout=dropout,
+            checkpointing=checkpointing,
+            packed=settings.speed.packing,
+            fast_lora=settings.speed.fast_lora,
         )
         plan = Plan(budget, checkpointing, batch, found)
         if found.peak <= SHARE * free:

@@ -1,8 +1,8 @@
 """Estimated memory of a training, by mode: from a base's config alone, no weight is loaded.
 
 The formulas follow what PyTorch, PEFT, bitsandbytes and this package keep; each function says where its terms come
-from. They assume a decoder of attention and a gated MLP, an adapter in fp32, no autocast. Mixtures of experts and sliding
-or linear attention are estimated as if they were such a decoder.
+from. They assume a decoder of attention and a gated MLP, an adapter in fp32, no autocast. Mixtures of experts and
+sliding or linear attention are estimated as if they were such a decoder.
 """
 
 import math

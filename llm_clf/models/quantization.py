@@ -101,11 +101,12 @@ def dequantized(parameter: Any) -> torch.Tensor:
 
 
 def keep_differentiable(model: Any) -> None:
-    """Keep a 4-bit base fit for training after it has scored rows.
+    """Keep a 4-bit base as it is, and fit for training, after it has scored rows.
 
-    On a CPU with AVX-512 BF16, bitsandbytes 0.50 packs each 4-bit weight anew at the first forward in evaluation mode,
-    for good, and multiplies the packed ones with a kernel that has no gradient: from the first validation on, training
-    would go on with wrong gradients. Elsewhere this changes nothing.
+    On a CPU with AVX-512 BF16, bitsandbytes 0.50 packs each 4-bit weight anew at the first forward in evaluation mode
+    and multiplies the packed ones with a kernel that has no gradient; a state dict unpacks them again, with scales
+    rounded once more. A training would go on from each validation with other weights, and without this package's
+    checkpoint in between with wrong gradients. Elsewhere this changes nothing.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
