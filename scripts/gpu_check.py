@@ -673,7 +673,7 @@ def _correctness_text(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         found = result.get("correctness")
-        cells = [f"{found['differences'][name]:.1e} ({found['bounds'][name]:.0e})" if found else "-" for name in names]
+        cells = [f"{found['differences'][name]:.1e} ({found['bounds'][name]:g})" if found else "-" for name in names]
         verdict = _verdict(found["within_bounds"]) if found else "-"
         rows.append([result["mode"], result.get("compute", "-"), *cells, verdict, result["status"]])
     return table(["against fp32 (bound)", "computes in", *names, "within", "status"], rows)
