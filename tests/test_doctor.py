@@ -21,6 +21,7 @@ from llm_clf.models.memory import (
     MODES,
     RETAINED_BYTES,
     RETAINED_SHARE,
+    RETAINED_SHARE_CHECKPOINTING,
     RUNTIME_BYTES,
     AdapterShape,
     BaseShape,
@@ -225,8 +226,9 @@ def test_logits_are_the_workspace_of_a_large_vocabulary() -> None:
 
 
 def test_the_allocator_holds_back_a_share_and_no_more_than_so_much() -> None:
-    assert runtime_bytes("cpu", 2**20) == RUNTIME_BYTES["cpu"] + RETAINED_SHARE * 2**20
-    assert runtime_bytes("cpu", 2**40) == RUNTIME_BYTES["cpu"] + RETAINED_BYTES
+    for checkpointing, share in ((False, RETAINED_SHARE), (True, RETAINED_SHARE_CHECKPOINTING)):
+        assert runtime_bytes("cpu", 2**20, checkpointing=checkpointing) == RUNTIME_BYTES["cpu"] + share * 2**20
+        assert runtime_bytes("cpu", 2**40, checkpointing=checkpointing) == RUNTIME_BYTES["cpu"] + RETAINED_BYTES
 
 
 def test_a_micro_batch_holds_a_row_that_is_longer_than_the_budget() -> None:

@@ -22,10 +22,12 @@ ANSWER_TOKENS = 2
 # CPU: Python with torch, transformers and PEFT, resident and measured. CUDA: cuBLAS workspaces and what the caching
 # allocator rounds up; the context itself is already missing from the free memory that a process reads of a card.
 RUNTIME_BYTES = {"cpu": 9 * 2**26, "cuda": 2**28}
-# On CPU glibc takes blocks of up to 32 MiB from a heap that is full of holes after the first micro-batch: trainings of
-# 100 million weights held 40 to 60 % more than their tensors, and none more with MALLOC_MMAP_THRESHOLD_=1048576, which
-# takes up to twice the time. Larger blocks are given back.
+# On CPU glibc takes blocks of up to 32 MiB from a heap that is full of holes after the first micro-batch; larger ones
+# are given back. Trainings of 100 million weights held 40 to 80 % more than their tensors. With checkpointing, where
+# each layer's work lies between inputs that stay, it was 130 to 400 %, of less. With MALLOC_MMAP_THRESHOLD_=1048576
+# there was nothing more, at up to twice the time.
 RETAINED_SHARE = 0.5
+RETAINED_SHARE_CHECKPOINTING = 1.5
 RETAINED_BYTES = 2**32
 
 
@@ -137,7 +139,7 @@ def estimate(
         adapter=adapter_bytes(adapter.parameters),
         activations=activations,
         workspace=workspace,
-        runtime=runtime_bytes(device, activations + workspace),
+        runtime=runtime_bytes(device, activations + workspace, checkpointing=checkpointing),
     )
 
 
@@ -239,15 +241,18 @@ def workspace_bytes(mode: str, size: int, base: BaseShape, batch: MicroBatch, *,
     return max(linear, logits) + (batch.longest if packed else batch.tokens) * batch.longest * size
 
 
-def runtime_bytes(device: str, moving: int) -> int:
+def runtime_bytes(device: str, moving: int, *, checkpointing: bool) -> int:
     """Return the bytes of the libraries and of what the allocator holds back.
 
     Args:
         device: `cuda` or `cpu`.
         moving: Bytes that are taken and given back in every step.
+        checkpointing: Whether activations are computed again in the backward.
     """
-    retained = min(RETAINED_BYTES, int(RETAINED_SHARE * moving)) if device == "cpu" else 0
-    return RUNTIME_BYTES[device] + retained
+    if device != "cpu":
+        return RUNTIME_BYTES[device]
+    share = RETAINED_SHARE_CHECKPOINTING if checkpointing else RETAINED_SHARE
+    return RUNTIME_BYTES[device] + min(RETAINED_BYTES, int(share * moving))
 
 
 def largest_micro_batch(longest: int, mean: float, *, answer: int, batch_size: int, budget: int) -> MicroBatch:
