@@ -121,6 +121,10 @@ class SpeedSettings(Section):
     """With packing: read what all prompts begin with once, for all rows of a step or a prediction."""
     fast_lora: bool = True
     """LoRA layers in the base's number type, the update added by one product."""
+    fused_layers: bool = True
+    """With packing: layers of known families with norm, rotary embedding, gate and attention in few passes."""
+    short_last_layer: bool = True
+    """With fused layers: the last one's queries, output and MLP only where an answer is read."""
 
 
 class Settings(Section):
