@@ -5,16 +5,16 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llm_clf.commands.validation import score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
 from llm_clf.console import say
 from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
-from llm_clf.evaluation.tables import metrics_text
 from llm_clf.files import (
     file_hash,
     locked,
@@ -35,7 +35,6 @@ from llm_clf.runs import (
     CONFIG,
     LOG,
     METRICS,
-    VALID_PREDICTIONS,
     commit,
     is_run,
     package_versions,
@@ -195,6 +194,7 @@ def _check_settings(settings: Settings, data: _Data) -> None:
 
 def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> None:
     """Fill the unfinished run folder; its run.json comes last."""
+    from llm_clf.models.adapters import require_mergeable
     from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
     from llm_clf.models.budget import mode_of
     from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
@@ -206,11 +206,14 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     dtype = choose_dtype(settings.model.dtype, device)
     resolved, _ = resolve_base(settings.model)
     settings = settings.model_copy(update={"model": resolved.model_copy(update={"dtype": dtype})})
+    if settings.predict.merge is True:
+        require_mergeable(settings.model)
     base = base_identity(settings.model.name)
     empty = empty_model(settings.model)
     rows = _tokenize(empty, data, settings)
     if _claim(folder, settings, data, base, resume=resume):
-        settings = load_settings([folder / CONFIG])
+        # Whether to merge is decided at the end, by what was asked for; a kill after that may have left an answer here.
+        settings = load_settings([folder / CONFIG]).model_copy(update={"predict": settings.predict})
     else:
         settings = _cut_to_memory(settings, empty, rows, device)
         save_inputs(folder, data.task, settings)
@@ -220,13 +223,15 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     )
 
     trained = _fit(settings, data, folder, device, rows)
-    _score_validation(settings, data, folder)
+    choice = score_validation(settings, data.task, data.valid, folder)
+    save_inputs(folder, data.task, settings.merging(choice.merged))
     facts = {
         "kind": "lora",
         "name": folder.name.removesuffix(".partial"),
         "base": base,
         "task": task_facts(data.task),
         **trained,
+        "merge": asdict(choice),
         "prompts": data.hashes,
         "seed": settings.train.seed,
         "versions": package_versions(),
@@ -404,19 +409,3 @@ def _measure(classifier: Any, data: _Data) -> dict[str, float]:
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
     metrics = compute_metrics(gold, predicted, probs, data.task.names)
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
-
-
-def _score_validation(settings: Settings, data: _Data, folder: Path) -> None:
-    """Score the validation rows with the saved adapter exactly as predict will; write predictions and metrics."""
-    from llm_clf.commands.predict import Source, predict_prompts
-    from llm_clf.decisions.predictions import read_predictions
-
-    if not data.valid:
-        say("No validation rows: the last step's adapter is kept, and nothing is measured.")
-        return
-    source = Source(folder / ADAPTER, data.task, settings, None)
-    predict_prompts(source, data.valid, folder / VALID_PREDICTIONS)
-    table = read_predictions(folder / VALID_PREDICTIONS)
-    metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
-    write_json(folder / METRICS, metrics)
-    say("Validation rows, scored with the saved adapter:\n" + metrics_text(metrics))

@@ -42,7 +42,7 @@ class Source:
     task: Task
     settings: Settings
     run: Run | None
-    """None where there is only an adapter, or a base."""
+    """None where there is only an adapter, or a base. Its settings are those above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,8 @@ def predict(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
         source = find_source(path_of(run), task, model, set)
+        if source.run is not None:
+            _say_merged_otherwise(source.run)
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(
@@ -146,11 +148,34 @@ def find_source(folder: Path, task: str | Path | None, model: str | None, overri
         if task is not None:
             raise ConfigError(f"{folder}: is a run and has its own task; leave out --task.")
         if changes:
-            run = replace(run, settings=load_settings([folder / CONFIG], changes))
+            run = replace(run, settings=_changed(run, changes))
         return Source(run.adapter, run.task, run.settings, run)
     if task is None or model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
     return Source(folder, load_task(task), load_settings(overrides=changes), None)
+
+
+def _changed(run: Run, changes: Sequence[str]) -> Settings:
+    """Return a run's settings with changes.
+
+    Where they leave `predict.merge` to the run, its adapter is merged as for its validation; not where the base is held
+    otherwise now, since what was found of one number type says nothing of another.
+    """
+    then = run.settings
+    settings = load_settings([run.folder / CONFIG], ["predict.merge=auto", *changes])
+    if settings.predict.merge != "auto":
+        return settings
+    held_so = settings.model == then.model.model_copy(update={"name": settings.model.name})
+    return settings.merging(then.predict.merge is True and held_so)
+
+
+def _say_merged_otherwise(run: Run) -> None:
+    """Say so where the adapter is merged and was not for the run's validation, or the other way round."""
+    then = load_settings([run.folder / CONFIG]).predict.merge is True
+    now = run.settings.predict.merge is True
+    if now != then and run.facts.get("rows", {}).get("valid"):
+        ways = {True: "merged into the base", False: "beside the base"}
+        say(f"The adapter is {ways[now]} here; the run's validation rows were scored with it {ways[then]}.")
 
 
 def predict_prompts(
@@ -162,6 +187,7 @@ def predict_prompts(
     columns: Sequence[str] | None = None,
     journal: Path | None = None,
     resume: bool = False,
+    classifier: Any = None,
 ) -> dict[str, Any]:
     """Score prompts into `journal`, and write `out` from it when all are there.
 
@@ -173,6 +199,7 @@ def predict_prompts(
         columns: What to write; None: all columns of predictions.
         journal: Where scores stand until all are there; None: in memory only.
         resume: Go on with the journal that is there.
+        classifier: A Classifier of the source; None: it is loaded when all rows have been read once.
     """
     survey = _survey(prompts)
     if survey.rows == 0:
@@ -191,7 +218,7 @@ def predict_prompts(
         if before:
             say(f"Going on: {before:,} of {survey.rows:,} rows are there.")
         if before < survey.rows:
-            classifier = _load(source, decode)
+            classifier = classifier or _load(source, decode)
             started = time.monotonic()
             with progress("predicting", survey.rows, "rows", done=before) as advance:
 

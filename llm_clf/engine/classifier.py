@@ -15,7 +15,7 @@ from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.speed import speed_up
 from llm_clf.engine.tokens import PromptTokenizer
 from llm_clf.errors import ArtifactError
-from llm_clf.models.adapters import attach_adapter
+from llm_clf.models.adapters import attach_adapter, merge_adapter, require_mergeable
 from llm_clf.models.bases import base_identity, context_length, load_model, load_tokenizer
 from llm_clf.models.devices import choose_device, choose_dtype
 from llm_clf.prompting.prompts import Prompt
@@ -60,7 +60,7 @@ class Classifier:
         speed: SpeedSettings,
         generator: TextGenerator | None = None,
     ) -> None:
-        self._tokens = tokens
+        self._model, self._tokens, self._speed = model, tokens, speed
         packed = speed_up(model, speed)
         if speed.packing and not packed:
             kind = model.config.get_text_config().model_type
@@ -78,7 +78,11 @@ class Classifier:
 
         Raises:
             ArtifactError: Base or adapter cannot be loaded, or do not fit each other.
+            ConfigError: The adapter is to be merged into a quantised base.
         """
+        merge = settings.predict.merge is True and folder is not None
+        if merge:
+            require_mergeable(settings.model)
         device = choose_device()
         dtype = choose_dtype(settings.model.dtype, device)
         tokenizer = load_tokenizer(settings.model)
@@ -86,7 +90,7 @@ class Classifier:
         tokens = prompt_tokenizer(tokenizer, base, task, settings)
         model = base
         if folder is not None:
-            model = attach_adapter(base, folder, merge=settings.predict.merge, tokenizer=tokenizer)
+            model = attach_adapter(base, folder, merge=merge, tokenizer=tokenizer)
         limit = settings.predict.max_new_tokens
         generator = TextGenerator(model, tokenizer, pad_id=tokens.pad_id, max_new_tokens=limit) if generate else None
         return cls(
@@ -96,6 +100,15 @@ class Classifier:
             speed=settings.speed,
             generator=generator,
         )
+
+    def merged(self) -> "Classifier":
+        """Return what scores with the adapter added into the base's weights, in place: this one is used up.
+
+        Raises:
+            ArtifactError: A merged weight is no finite number in the base's type.
+        """
+        model = merge_adapter(self._model).eval()
+        return Classifier(model, self._tokens, batch_tokens=self._batch_tokens, speed=self._speed)
 
     def score(self, prompts: Iterable[Prompt], done: Callable[[Scored], None], finished: Collection[int] = ()) -> None:
         """Score prompts window by window, reading them as it goes.
