@@ -24,6 +24,8 @@ class Amount:
     """Of prompts and answers; what rows share counts for each."""
     flops: int
     """That are useful; what rows share counts once a step in training, and once in prediction."""
+    given: int
+    """Tokens of all that a tool is given, also of what is not timed."""
 
 
 def training_amount(base: BaseShape, rows: Sequence[Row], job: Job) -> Amount:
@@ -41,7 +43,7 @@ def training_amount(base: BaseShape, rows: Sequence[Row], job: Job) -> Amount:
             backward=True,
             shared=shared,
         )
-    return Amount(len(timed), _tokens(timed), flops)
+    return Amount(len(timed), _tokens(timed), flops, _tokens([rows[number] for number in job.order]))
 
 
 def prediction_amount(base: BaseShape, rows: Sequence[Row]) -> Amount:
@@ -50,7 +52,7 @@ def prediction_amount(base: BaseShape, rows: Sequence[Row]) -> Amount:
     nodes = len(AnswerTree.build([[answer] for answer in answers_of(list(rows))]).tokens)
     lengths = [len(row.prompt) + nodes for row in rows]
     flops = useful_flops(base, lengths, places=nodes + 1, backward=False, shared=shared)
-    return Amount(len(rows), _tokens(rows), flops)
+    return Amount(len(rows), _tokens(rows), flops, _tokens(rows))
 
 
 def amount_of(task: str, base: BaseShape, rows: Sequence[Row], job: Job) -> Amount:
@@ -73,6 +75,7 @@ def with_rates(found: dict[str, Any], amount: Amount) -> dict[str, Any]:
         "rows": amount.rows,
         "tokens": amount.tokens,
         "flops": amount.flops,
+        "tokens_given": amount.given,
         **found,
     }
 
@@ -95,6 +98,21 @@ class Spread:
         if self.low == self.high:
             return format(self.median, form)
         return f"{self.median:{form}} ({self.low:{form}}–{self.high:{form}})"
+
+
+def differences(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return in what tools did not do what ours did: another device, type, adapter, or other tokens."""
+    found = []
+    for run in runs:
+        if "error" in run or run["task"] == MATMUL:
+            continue
+        ours = next((other for other in runs if other["task"] == f"{OURS}: {kind_of(run['task'])}"), run)
+        for name in ("device", "base_dtype", "trained_weights"):
+            if name in ours and run.get(name) != ours[name]:
+                found.append(f"{run['task']}: {name} {run.get(name)}, ours {ours[name]}")
+        if run.get("tokens_seen", run["tokens_given"]) != run["tokens_given"]:
+            found.append(f"{run['task']}: read {run['tokens_seen']:,} tokens where {run['tokens_given']:,} were given")
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu_check import SIZES, build_base, drawn_weights
 
 from comparison.ours import settings_of
@@ -16,7 +17,7 @@ from llm_clf.config import DEFAULT_BASE, ModelSettings
 from llm_clf.engine.tokens import tokenize_text
 from llm_clf.engine.training import _rows_of_step
 from llm_clf.models.bases import SHIPPED
-from llm_clf.models.devices import DTYPES, choose_device
+from llm_clf.models.devices import DTYPES
 from llm_clf.models.memory import BaseShape, base_shape, empty_model
 from llm_clf.prompting.tasks import load_task
 
@@ -51,9 +52,9 @@ def prepare_base(place: Work, name: str, dtype: str) -> BaseShape:
         shutil.copytree(SHIPPED, place.base, ignore=shutil.ignore_patterns("chat_template*"))
     else:
         size = replace(SIZES[name], vocabulary=max(SIZES[name].vocabulary, len(tokenizer)))
-        device = choose_device()
-        weights = drawn_weights(size, DTYPES[dtype], device)
-        base = build_base(size, dtype, dtype, device, weights)
+        # Not on a card: its memory belongs to the tools.
+        device = torch.device("cpu")
+        base = build_base(size, dtype, dtype, device, drawn_weights(size, DTYPES[dtype], device))
         for config in (base.config, base.generation_config):
             config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         base.save_pretrained(place.base)

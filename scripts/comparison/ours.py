@@ -1,6 +1,7 @@
 """llm-clf: training, prediction by scores of the labels, and the machine's rate."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -67,19 +68,21 @@ def train(work: Work) -> dict[str, Any]:
     if job.initial is not None and not Path(job.initial).exists():
         save_adapter(model, Path(job.initial), base=str(work.base), tokenizer=tokenizer)
     log = StepLog(device)
-    train_adapter(
-        model,
-        [TrainingExample(row.prompt, row.answer, 1.0) for row in work.rows()],
-        settings.train,
-        settings.speed,
-        accelerator=log,
-        pad_id=PAD,
-        evaluate=None,
-        folder=work.folder / "checkpoints",
-    )
+    # A folder of its own: from a former checkpoint training would go on.
+    with TemporaryDirectory(dir=work.folder) as checkpoints:
+        state = train_adapter(
+            model,
+            [TrainingExample(row.prompt, row.answer, 1.0) for row in work.rows()],
+            settings.train,
+            settings.speed,
+            accelerator=log,
+            pad_id=PAD,
+            evaluate=None,
+            folder=Path(checkpoints),
+        )
     if job.adapter is not None:
         save_adapter(model, Path(job.adapter), base=str(work.base), tokenizer=tokenizer)
-    return {**log.marks.span(), "losses": log.losses, **model_facts(model)}
+    return {**log.marks.span(), "losses": log.losses, "tokens_seen": state.tokens, **model_facts(model)}
 
 
 def predict(work: Work) -> dict[str, Any]:

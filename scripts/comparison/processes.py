@@ -42,9 +42,12 @@ class Tools:
         words = [self.pythons[environment], "-m", "comparison.worker", task, str(work.folder)]
         said = work.folder / "said.txt"
         with said.open("wb") as out:
-            process = subprocess.Popen(
-                words, stdout=out, stderr=subprocess.STDOUT, env=_variables(work, environment), cwd=work.folder
-            )
+            try:
+                process = subprocess.Popen(
+                    words, stdout=out, stderr=subprocess.STDOUT, env=_variables(work, environment), cwd=work.folder
+                )
+            except OSError as error:
+                return {"error": str(error)}
             peak, ended = _watch(process, self.limit)
         if process.returncode or not result.is_file():
             reason = f"ended with {process.returncode}" if ended else f"was stopped after {self.limit:.0f} seconds"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from comparison.figures import Line, Spread, amount_of, summarise, with_rates
+from comparison.figures import Line, Spread, amount_of, differences, summarise, with_rates
 from comparison.inputs import ordered
 from comparison.processes import Tools, last_line
 from comparison.report import Report
@@ -82,9 +82,8 @@ def speed_text(lines: list[Line], rows: list[Row], peer_count: int, runs: list[d
     header = ["tool", "timed rows", "rows/s", "tokens/s", "of matmul", "memory"]
     header += [*(["on the card"] if cards else []), "ours is … times as fast"]
     text += table(header, [_cells(line, cards) for line in lines])
-    for line in lines:
-        text += f"\n{line.task} failed: {last_line(line.error)}" if line.error else ""
-    return text
+    notes = [f"{line.task} failed: {last_line(line.error)}" for line in lines if line.error]
+    return "\n".join([text, *notes, *differences(runs)])
 
 
 def _cells(line: Line, cards: bool) -> list[str]:

@@ -71,7 +71,7 @@ def train(work: Work) -> dict[str, Any]:
         args=_arguments(work, job),
         **adapter,
     )
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"tokens_seen": sum(len(row["input_ids"]) for row in trainer.train_dataset)}
     if isinstance(trainer, PerAnswerTrainer):
         sizes = {len(row.answer) for row in rows}
         assert len(sizes) == 1, f"answers of {sizes} tokens weigh differently in TRL's loss and in ours"
