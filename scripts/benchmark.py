@@ -21,6 +21,7 @@ data/papers.csv. Rows of a CSV file need the columns title, abstract and label (
 
 import argparse
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -88,6 +89,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Compare."""
     given = parse(words)
+    # Ended from outside, it still ends the tool that runs and removes its folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     quiet_libraries()
     report = Report(given.out, machine_facts(), {name: _plain(value) for name, value in vars(given).items()})
     if given.dropout:

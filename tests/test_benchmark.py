@@ -282,7 +282,7 @@ def test_growth_varies_one_thing_at_a_time() -> None:
     assert all(20 + 50 <= len(one.prompt) <= 20 + 150 for one in rows)
     runs = [matmul(1, 1000), timed("ours: train", 1, 2.0), timed("ours: predict", 1, 1.0)]
     text = growth.growth_text("rows", [(32, figures.summarise(runs))])
-    assert text.splitlines()[1].split() == "32 125.0 800 40% 1.00 GB 62.5 1,600 80% 1.00 GB".split()
+    assert " ".join(text.splitlines()[1].split()) == "32 125.0 800 40% 1.00 GB 62.5 1,600 80% 1.00 GB"
 
 
 def test_dropout_goes_on_and_compares_seed_by_seed(

@@ -39,7 +39,7 @@ class Bench:
 
 
 def compare_speed(bench: Bench, rows: list[Row], tasks: list[str], *, peer_count: int, guideline: int) -> list[Line]:
-    """Run every task `repeats` times, in turn; print and return what they come to.
+    """Run every task `repeats` times, in turn; print and return what they come to, also where that is interrupted.
 
     Args:
         bench: Base and tools.
@@ -49,13 +49,15 @@ def compare_speed(bench: Bench, rows: list[Row], tasks: list[str], *, peer_count
         guideline: About how long the prompt is; what the records say of it.
     """
     about = {"guideline": guideline, **_lengths("mean_tokens", rows, peer_count)}
-    runs = []
-    for repeat in range(1, bench.repeats + 1):
-        for task in [MATMUL, *tasks]:
-            some = rows if task.startswith(OURS) else rows[:peer_count]
-            runs.append(bench.measure(PART, task, some, repeat=repeat, **about))
-    lines = summarise(runs)
-    bench.report.show(PART, speed_text(lines, rows, peer_count, runs))
+    runs: list[dict[str, Any]] = []
+    try:
+        for repeat in range(1, bench.repeats + 1):
+            for task in [MATMUL, *tasks]:
+                some = rows if task.startswith(OURS) else rows[:peer_count]
+                runs.append(bench.measure(PART, task, some, repeat=repeat, **about))
+    finally:
+        lines = summarise(runs)
+        bench.report.show(PART, speed_text(lines, rows, peer_count, runs))
     return lines
 
 
