@@ -4,13 +4,14 @@ Rows, their order, number types, learning rate, optimiser, clipping and the meas
 two right ways may be apart is measured too: ours against ours without packing and with PEFT's own LoRA layers.
 """
 
+import math
 import shutil
 import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
 from comparison.speed import Bench
-from comparison.work import Job, Row
+from comparison.work import STEP_ROWS, Job, Row
 from llm_clf.console import table
 
 PART = "learning"
@@ -48,7 +49,7 @@ def compare_learning(
         rate: Highest learning rate.
     """
     ways = [OURS, PLAIN, *([TRL] if bench.tools.has("TRL: train") else [])]
-    steps = -(-len(rows) // 16) * epochs
+    steps = math.ceil(len(rows) / STEP_ROWS) * epochs
     learned: list[Learned] = []
     for dtype in DTYPES:
         for seed in range(1, seeds + 1):
@@ -86,7 +87,7 @@ def learning_text(learned: list[Learned]) -> str:
         return "nothing was trained to its end"
     first = {one.way: one.losses for one in learned if one.seed == learned[0].seed}
     others = [way for way in (PLAIN, TRL) if way in {one.way for one in learned}]
-    every = max(1, -(-len(learned[0].losses) // SHOWN_STEPS))
+    every = math.ceil(len(learned[0].losses) / SHOWN_STEPS)
     steps = [
         [str(step + 1), *(f"{losses[step]:.6f}" for losses in first.values())]
         for step in range(0, len(learned[0].losses), every)

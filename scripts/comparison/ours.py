@@ -39,7 +39,7 @@ def settings_of(base: Path, job: Job) -> Settings:
         # Below 1 it would be a share.
         f"train.warmup={job.warmup_steps}",
     ]
-    free = ["train.micro_batch_tokens=4096", "train.gradient_checkpointing=false"]
+    free = ["train.micro_batch_tokens=2048", "train.gradient_checkpointing=false"]
     return load_settings(overrides=[*free, *job.overrides, *common])
 
 

@@ -66,6 +66,8 @@ def _variables(work: Work, environment: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(work.folder / "cache"),
         "WANDB_DISABLED": "true",
+        # The Trainer of some tools would split its batches over all cards.
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }
 
 
