@@ -1,8 +1,8 @@
 """Rows one behind another in one sequence, behind a beginning that they all share: nothing is padded or read twice.
 
-No row sees another: attention is computed row by row, each over the shared beginning and itself. The beginning is read
-once, and what rows need of it, its keys and values in every layer, is kept. It plugs into transformers' attention
-interface, so that all else is the model's own code.
+No row sees another: attention is computed row by row, each over the shared beginning and itself, or on CUDA over all of
+them in one kernel with a mask. The beginning is read once, and what rows need of it, its keys and values in every
+layer, is kept. It plugs into transformers' attention interface, so that all else is the model's own code.
 
 Sharing a beginning in training with exact gradients is described in https://arxiv.org/abs/2506.05433 (Prefix Grouper)
 and https://arxiv.org/abs/2410.20305 (preference pairs).
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llm_clf.engine import flex
 from llm_clf.engine.attention import attend
 
 # Families whose attention goes through the interface with the forward's own arguments; each is tested.
@@ -96,6 +97,8 @@ class _Layout:
     """Additive mask for the longest row behind the beginning; None where the kernel masks by itself."""
     nodes: torch.Tensor | None
     """Additive mask among nodes, shape `(nodes, nodes)`."""
+    blocks: Any = None
+    """The mask of all rows at once, of `flex.packed_blocks`; None: attention goes row by row."""
     kept: dict[int, KeysAndValues] = field(default_factory=dict)
     """By layer, what the sequence itself has for keys and values."""
 
@@ -159,6 +162,9 @@ def packed_logits(
         end = beginning.tokens + len(row.ids)
         positions += [*range(beginning.tokens, end), *(end + depth for depth in answers.depths[: len(row.nodes)])]
         spans.append((first, middle, len(ids)))
+    if len(rows) > 1 and flex.suits(model):
+        blocks = flex.packed_blocks(spans, beginning.tokens, answers.seen, model.device)
+        return _forward(model, ids, positions, _Layout(beginning, spans, None, None, blocks), torch.tensor(places))
     longest = max(len(row.ids) for row in rows)
     needs_mask = beginning.tokens or model.device.type == "cpu"
     causal = _causal(longest, beginning.tokens, model) if needs_mask else None
@@ -199,7 +205,7 @@ def _attention(
     layout: _Layout | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend row by row where there is a layout; tensors are `(1, heads, tokens, head width)`.
+    """Attend by rows where there is a layout; tensors are `(1, heads, tokens, head width)`.
 
     Returns:
         The result, shape `(1, tokens, heads, head width)`.
@@ -213,6 +219,11 @@ def _attention(
     # Where activations are computed again this runs twice; the first are the ones that others already read.
     layout.kept.setdefault(number, (key, value))
     before = layout.beginning.tokens
+    if layout.blocks is not None:
+        parts = ([layout.beginning.layers[number]] if before else []) + [(key, value)]
+        all_keys, all_values = zip(*parts, strict=True)
+        found = flex.attend(query, all_keys, all_values, layout.blocks, options.get("scaling"))
+        return found.transpose(1, 2), None
     done = []
     for first, middle, end in layout.spans:
         keys, values = key[:, :, first:end], value[:, :, first:end]
