@@ -1,8 +1,8 @@
 """Rows one behind another in one sequence, behind a beginning that they all share: nothing is padded or read twice.
 
-No row sees another: attention is computed row by row, each over the shared beginning and itself. The beginning is read
-once, and what rows need of it, its keys and values in every layer, is kept. It plugs into transformers' attention
-interface, so that all else is the model's own code.
+No row sees another: attention is computed row by row, each over the shared beginning and itself, or on CUDA over all of
+them in one kernel with a mask. The beginning is read once, and what rows need of it, its keys and values in every
+layer, is kept. It plugs into transformers' attention interface, so that all else can be the model's own code.
 
 Sharing a beginning in training with exact gradients is described in https://arxiv.org/abs/2506.05433 (Prefix Grouper)
 and https://arxiv.org/abs/2410.20305 (preference pairs).
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llm_clf.engine import flex
 from llm_clf.engine.attention import CHUNK, Chunk, RowPlan, attend
 from llm_clf.engine.decoder import ends_short
 
@@ -97,6 +98,8 @@ class Layout:
     """Attention of the wanted places, one behind another, alone."""
     places: torch.Tensor
     """The wanted places in the sequence."""
+    blocks: Any = None
+    """The mask of all places at once, of `flex.packed_blocks`; None: attention goes row by row."""
     kept: dict[int, KeysAndValues] = field(default_factory=dict)
     """By layer, what the sequence itself has for keys and values."""
 
@@ -122,8 +125,19 @@ class Layout:
         # Where activations are computed again this runs twice; the first are the ones that others already read.
         self.kept.setdefault(layer, (key, value))
         before = self.beginning.layers[layer] if self.beginning.tokens else None
-        plan = self.rows if len(query) == len(key) else self.wanted
+        everywhere = len(query) == len(key)
+        if everywhere and self.blocks is not None:
+            parts = [(key, value)] if before is None else [before, (key, value)]
+            keys, values = zip(*((_heads_first(k), _heads_first(v)) for k, v in parts), strict=True)
+            found = flex.attend(_heads_first(query), keys, values, self.blocks, scaling)
+            return found[0].transpose(0, 1).flatten(1)
+        plan = self.rows if everywhere else self.wanted
         return attend(query, key, value, before, plan, scaling, dropout)
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """Return `(tokens, heads, width)` as `(1, heads, tokens, width)`."""
+    return x.transpose(0, 1)[None]
 
 
 def allows_packing(config: Any) -> bool:
@@ -182,16 +196,20 @@ def _read(
     ids: list[int] = []
     positions: list[int] = []
     places: list[int] = []
-    all_places, wanted_places = [], []
+    all_places, wanted_places, spans = [], [], []
     for row, some in zip(rows, wanted, strict=True):
         span = slice(len(ids), len(ids) + len(row.ids) + len(row.nodes))
         all_places.append(RowPlan(span, masks.chunks(span.start, len(row.ids), len(row.nodes))))
         wanted_places.append(RowPlan(span, [masks.some(len(places), len(row.ids), len(row.nodes), some)]))
+        spans.append((span.start, span.start + len(row.ids), span.stop))
         ids += [*row.ids, *row.nodes]
         end = beginning.tokens + len(row.ids)
         positions += [*range(beginning.tokens, end), *(end + depth for depth in answers.depths[: len(row.nodes)])]
         places += [span.start + place for place in some]
-    layout = Layout(beginning, all_places, wanted_places, torch.tensor(places, device=model.device))
+    blocks = None
+    if len(rows) > 1 and flex.suits(model):
+        blocks = flex.packed_blocks(spans, beginning.tokens, answers.seen, model.device)
+    layout = Layout(beginning, all_places, wanted_places, torch.tensor(places, device=model.device), blocks)
     return _forward(model, ids, positions, layout), layout
 
 
