@@ -223,7 +223,9 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     )
 
     trained = _fit(settings, data, folder, device, rows)
-    choice = score_validation(settings, data.task, data.valid, folder)
+    settings = _as_found(settings, folder)
+    choice, fits = score_validation(settings, data.task, data.valid, folder)
+    settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
     save_inputs(folder, data.task, settings.merging(choice.merged))
     facts = {
         "kind": "lora",
@@ -284,8 +286,29 @@ def _cut_to_memory(settings: Settings, empty: Any, rows: _Rows, device: Any) -> 
     return settings.model_copy(update={"train": settings.train.model_copy(update=found)})
 
 
+def _record(folder: Path, task: Task, section: str, **found: int) -> None:
+    """Put into the run's settings what was found while it runs: --resume goes on with it, and predict takes it."""
+    settings = load_settings([folder / CONFIG])
+    changed = getattr(settings, section).model_copy(update=found)
+    save_inputs(folder, task, settings.model_copy(update={section: changed}))
+
+
+def _as_found(settings: Settings, folder: Path) -> Settings:
+    """Return the settings with the token budgets that were found while it ran."""
+    found = load_settings([folder / CONFIG])
+    predict = settings.predict.model_copy(update={"batch_tokens": found.predict.batch_tokens})
+    return settings.model_copy(update={"train": found.train, "predict": predict})
+
+
 def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     """Train and save the adapter; return what run.json says of it."""
+    from llm_clf.engine.fitting import memory_explained
+
+    with memory_explained():
+        return _fit_in_memory(settings, data, folder, device, rows)
+
+
+def _fit_in_memory(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     from llm_clf.engine.classifier import Classifier
     from llm_clf.engine.training import train
     from llm_clf.models.adapters import new_adapter, save_adapter, trainable
@@ -309,8 +332,9 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows
             settings.speed,
             accelerator=accelerator,
             pad_id=tokens.pad_id,
-            evaluate=(lambda: _measure(classifier, data)) if data.validates else None,
+            evaluate=(lambda: _measure(classifier, data, folder)) if data.validates else None,
             folder=folder / CHECKPOINTS,
+            found=lambda tokens: _record(folder, data.task, "train", micro_batch_tokens=tokens),
         )
     finally:
         accelerator.end_training()
@@ -400,11 +424,14 @@ def _accelerator(settings: Settings, device: Any, folder: Path) -> Any:
     return accelerator
 
 
-def _measure(classifier: Any, data: _Data) -> dict[str, float]:
+def _measure(classifier: Any, data: _Data, folder: Path) -> dict[str, float]:
     """Return the validation metrics of the model as it is now, by the path that predict takes."""
     from llm_clf.decisions.decide import decide, probabilities
 
+    before = classifier.batch_tokens
     probs = probabilities(classifier.score_all(data.valid))
+    if classifier.batch_tokens != before:
+        _record(folder, data.task, "predict", batch_tokens=classifier.batch_tokens)
     predicted = [data.task.names[choice] for choice in decide(probs)]
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
     metrics = compute_metrics(gold, predicted, probs, data.task.names)

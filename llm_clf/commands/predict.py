@@ -208,6 +208,7 @@ def predict_prompts(
     chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns)
 
     from llm_clf.engine.classifier import Scored
+    from llm_clf.engine.fitting import memory_explained
     from llm_clf.engine.journal import Journal
     from llm_clf.models.bases import quiet_libraries
 
@@ -215,10 +216,12 @@ def predict_prompts(
     key = _job_key(source, survey.digest, decode)
     with Journal(journal, key=key, rows=survey.rows, labels=len(names), resume=resume) as scored:
         before, started = len(scored.finished), time.monotonic()
+        fits = source.settings.predict.batch_tokens
         if before:
             say(f"Going on: {before:,} of {survey.rows:,} rows are there.")
         if before < survey.rows:
-            classifier = classifier or _load(source, decode)
+            with memory_explained():
+                classifier = classifier or _load(source, decode)
             started = time.monotonic()
             with progress("predicting", survey.rows, "rows", done=before) as advance:
 
@@ -226,7 +229,8 @@ def predict_prompts(
                     scored.record(batch)
                     advance(len(batch.rows))
 
-                classifier.score(prompts, done, scored.finished)
+                with memory_explained():
+                    fits = classifier.score(prompts, done, scored.finished, fits=scored.fits, found=scored.shrink)
         seconds = time.monotonic() - started
         predictions = _predictions(prompts, scored, source.task, decode)
         write_predictions(out, predictions, labels=names, columns=chosen)
@@ -239,7 +243,7 @@ def predict_prompts(
     if agreement:
         _say_agreement(agreement["agreement"])
     figures = {"rows": survey.rows, "cut": cut, "seconds": round(seconds, 3), "rows_per_second": round(speed, 2)}
-    return figures | agreement
+    return figures | {"batch_tokens": fits} | agreement
 
 
 def _say_agreement(found: dict[str, Any]) -> None:

@@ -33,50 +33,67 @@ class MergeChoice:
     reason: str
 
 
-def score_validation(settings: Settings, task: Task, prompts: Sequence[Prompt], folder: Path) -> MergeChoice:
+def score_validation(
+    settings: Settings, task: Task, prompts: Sequence[Prompt], folder: Path
+) -> tuple[MergeChoice, int]:
     """Score the validation rows with the saved adapter exactly as predict will; write predictions and metrics.
+
+    Where memory runs out, all rows are scored anew in batches that fit: predict will make these, and rows that stand in
+    other batches round otherwise.
 
     Args:
         settings: Of the training; where `predict.merge` is auto, it is decided here.
         task: The run's task.
         prompts: The validation rows.
         folder: The unfinished run.
+
+    Returns:
+        Whether predict merges, and the tokens of a batch that fits.
     """
+    batch_tokens = settings.predict.batch_tokens
     if not prompts:
         say("No validation rows: the last step's adapter is kept, and nothing is measured.")
-        return _without_comparison(settings, "there are no validation rows")
+        return _without_comparison(settings, "there are no validation rows"), batch_tokens
     # The trained model is a knot of objects that point at each other; its memory is needed now.
     gc.collect()
-    choice = _score(Source(folder / ADAPTER, task, settings, None), prompts, folder)
+    while True:
+        choice, fits = _score(Source(folder / ADAPTER, task, settings, None), prompts, folder)
+        if fits == settings.predict.batch_tokens:
+            break
+        settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
     table = read_predictions(folder / VALID_PREDICTIONS)
     metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
     write_json(folder / METRICS, metrics)
     say("Validation rows, scored with the saved adapter:\n" + metrics_text(metrics))
-    return choice
+    return choice, fits
 
 
-def _score(source: Source, prompts: Sequence[Prompt], folder: Path) -> MergeChoice:
-    """Write the predictions; where `predict.merge` is auto, of the way that predict will take."""
+def _score(source: Source, prompts: Sequence[Prompt], folder: Path) -> tuple[MergeChoice, int]:
+    """Write the predictions; where `predict.merge` is auto, of the way that predict will take.
+
+    Returns:
+        That way, and the tokens of a batch that fitted into memory.
+    """
     from llm_clf.engine.classifier import Classifier
     from llm_clf.models.bases import is_quantized
 
     settings, kept = source.settings, folder / VALID_PREDICTIONS
     if settings.predict.merge != "auto" or is_quantized(settings.model):
-        predict_prompts(source, prompts, kept)
-        return _without_comparison(settings, "the base is quantised")
+        fits = predict_prompts(source, prompts, kept)["batch_tokens"]
+        return _without_comparison(settings, "the base is quantised"), fits
     classifier = Classifier.from_adapter(source.adapter, source.task, settings)
-    predict_prompts(source, prompts, kept, classifier=classifier)
+    fits = predict_prompts(source, prompts, kept, classifier=classifier)["batch_tokens"]
     # What is not kept goes with the checkpoints.
     other = folder / CHECKPOINTS / VALID_PREDICTIONS
     try:
-        predict_prompts(source, prompts, other, classifier=classifier.merged())
+        fits = min(fits, predict_prompts(source, prompts, other, classifier=classifier.merged())["batch_tokens"])
         choice = _compare(kept, other)
     except ArtifactError as error:
         choice = MergeChoice(False, None, f"it cannot be merged: {str(error).removesuffix('.')}")
     say(f"The adapter is {'merged into' if choice.merged else 'used beside'} the base in predictions: {choice.reason}.")
     if choice.merged:
         os.replace(other, kept)
-    return choice
+    return choice, fits
 
 
 def _without_comparison(settings: Settings, reason: str) -> MergeChoice:

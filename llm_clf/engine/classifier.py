@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_clf.config import Settings, SpeedSettings
 from llm_clf.console import say
+from llm_clf.engine.fitting import TokenBudget, Work
 from llm_clf.engine.generation import TextGenerator
 from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.speed import speed_up
@@ -46,7 +47,7 @@ class Classifier:
     Args:
         model: The base with its adapter.
         tokens: Turns prompts into tokens.
-        batch_tokens: Most tokens in one forward, padding included.
+        batch_tokens: Most tokens in one forward, padding included; less where memory runs out.
         speed: Which work is spared.
         generator: Writes answers beside the scores; None: no answers.
     """
@@ -67,8 +68,10 @@ class Classifier:
             say(f"Rows are padded and read anew for each label: packing is not known for {kind}.")
         shared = tokens.shared() if speed.shared_prefix else ()
         self._scorer = LabelScorer(model, tokens.answers, pad_id=tokens.pad_id, packed=packed, shared=shared)
-        self._batch_tokens = batch_tokens
+        self._device = model.device
         self._generator = generator
+        self.batch_tokens = batch_tokens
+        """Most tokens of a batch; `score_all` lowers it where memory runs out."""
 
     @classmethod
     def from_adapter(
@@ -108,47 +111,91 @@ class Classifier:
             ArtifactError: A merged weight is no finite number in the base's type.
         """
         model = merge_adapter(self._model).eval()
-        return Classifier(model, self._tokens, batch_tokens=self._batch_tokens, speed=self._speed)
+        return Classifier(model, self._tokens, batch_tokens=self.batch_tokens, speed=self._speed)
 
-    def score(self, prompts: Iterable[Prompt], done: Callable[[Scored], None], finished: Collection[int] = ()) -> None:
-        """Score prompts window by window, reading them as it goes.
+    def score(
+        self,
+        prompts: Iterable[Prompt],
+        done: Callable[[Scored], None],
+        finished: Collection[int] = (),
+        *,
+        fits: int | None = None,
+        found: Callable[[int], None] = lambda tokens: None,
+    ) -> int:
+        """Score prompts window by window, reading them as it goes; return how many tokens at once fit into memory.
 
         The plan of batches depends on the prompts and the settings alone; batches that are finished are left out.
+        Where memory runs out, this batch and all that follow are scored in parts of fewer tokens.
 
         Args:
             prompts: Rows in input order.
             done: Takes each batch.
             finished: Numbers of rows that need no scores; whole batches, as `done` got them.
+            fits: Most tokens of a part that are known to fit; None: whole batches.
+            found: Is told how many are tried next where memory ran out. Parts round otherwise than the whole batch, so
+                a job that is to go on to the same result begins with the last of these.
+
+        Raises:
+            ConfigError: Memory runs out on a single row.
         """
+        budget = TokenBudget(fits or self.batch_tokens, self._device, found)
         first = 0
         self._scorer.start()
         for window in windows(prompts):
             if not all(number in finished for number in range(first, first + len(window))):
-                self._score_window(window, first, done, finished)
+                self._score_window(window, first, done, finished, budget)
             first += len(window)
+        return budget.tokens
 
     def score_all(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return the scores of prompts in their order, fp32, shape `(prompts, labels)`."""
+        """Return the scores of prompts in their order, fp32, shape `(prompts, labels)`.
+
+        Where memory runs out, all are scored anew in batches that fit: the scores are those that such batches would
+        have given from the beginning.
+        """
         scores = np.empty((len(prompts), len(self._tokens.answers)), dtype=np.float32)
 
         def keep(batch: Scored) -> None:
             scores[batch.rows] = batch.scores
 
-        self.score(prompts, keep)
+        while (fits := self.score(prompts, keep)) != self.batch_tokens:
+            self.batch_tokens = fits
         return scores
 
     def _score_window(
-        self, window: Sequence[Prompt], first: int, done: Callable[[Scored], None], finished: Collection[int]
+        self,
+        window: Sequence[Prompt],
+        first: int,
+        done: Callable[[Scored], None],
+        finished: Collection[int],
+        budget: TokenBudget,
     ) -> None:
         examples = self._tokens.encode(window)
-        for batch in self._scorer.plan([len(example.ids) for example in examples], self._batch_tokens):
+        work = Work(self._plan, self._size, self._score_parts, lambda: None)
+        for batch in self._plan([example.ids for example in examples], self.batch_tokens):
             numbers = [first + index for index in batch]
             if all(number in finished for number in numbers):
                 continue
-            ids = [examples[index].ids for index in batch]
-            scores = self._scorer.score(ids).numpy()
-            texts = self._generator.complete(ids) if self._generator is not None else None
+            scores, texts = budget.fit(work, [examples[index].ids for index in batch])
             done(Scored(numbers, scores, [examples[index].cut for index in batch], texts))
+
+    def _plan(self, ids: Sequence[list[int]], budget: int) -> list[list[int]]:
+        return self._scorer.plan([len(row) for row in ids], budget)
+
+    def _size(self, ids: Sequence[list[int]]) -> int:
+        return self._scorer.tokens([len(row) for row in ids])
+
+    def _score_parts(self, ids: Sequence[list[int]], budget: int) -> tuple[np.ndarray, list[str] | None]:
+        """Return scores and generated answers of a batch's rows, in parts where the budget is less than theirs."""
+        scores = np.empty((len(ids), len(self._tokens.answers)), dtype=np.float32)
+        texts = [""] * len(ids)
+        for part in self._plan(ids, budget):
+            rows = [ids[number] for number in part]
+            scores[part] = self._scorer.score(rows).numpy()
+            if self._generator is not None:
+                for number, text in zip(part, self._generator.complete(rows), strict=True):
+                    texts[number] = text
+        return scores, texts if self._generator is not None else None
 
 
 def require_same_base(run: Run) -> None:
