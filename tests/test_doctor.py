@@ -254,7 +254,7 @@ def kept_bytes(model: Any, rows: int, tokens: int, *, lean: bool) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    speed_up(model, SpeedSettings(packing=lean, shared_prefix=lean, fast_lora=lean))
+    speed_up(model, SpeedSettings(packing=lean, shared_prefix=lean, fast_lora=lean, fused_layers=lean))
     ids = torch.randint(5, 261, (rows, tokens))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         if lean:
@@ -302,6 +302,7 @@ def test_activations_are_what_autograd_keeps(family: str, mode: str, dropout: fl
         checkpointing=False,
         packed=lean,
         fast_lora=lean,
+        fused=lean,
     )
     assert found.activations == pytest.approx(kept_bytes(adapted, 4, 32, lean=lean), rel=0.1)
 

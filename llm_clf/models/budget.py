@@ -105,6 +105,7 @@ def plan_training(
             checkpointing=checkpointing,
             packed=settings.speed.packing,
             fast_lora=settings.speed.fast_lora,
+            fused=settings.speed.fused_layers,
         )
         plan = Plan(budget, checkpointing, batch, found)
         if found.peak <= SHARE * free:

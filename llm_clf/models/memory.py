@@ -19,6 +19,8 @@ QUANTIZED = ("8bit", "4bit")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Answers are short; without rows a label's word and the end token stand for them.
 ANSWER_TOKENS = 2
+# Queries that attention takes at once on a CPU.
+CHUNK = 128
 # CPU: Python with torch, transformers and PEFT, resident and measured. CUDA: cuBLAS workspaces and what the caching
 # allocator rounds up; the context itself is already missing from the free memory that a process reads of a card.
 RUNTIME_BYTES = {"cpu": 9 * 2**26, "cuda": 2**28}
@@ -51,6 +53,8 @@ class BaseShape:
     """Tokens in the output embedding."""
     heads: int = 1
     """Attention heads."""
+    groups: int = 1
+    """Heads that keys and values have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ def estimate(
     checkpointing: bool,
     packed: bool = True,
     fast_lora: bool = True,
+    fused: bool = True,
 ) -> Estimate:
     """Return the estimate of one mode of `MODES`.
 
@@ -126,13 +131,20 @@ def estimate(
         checkpointing: Whether activations are computed again in the backward.
         packed: Whether rows stand one behind another (`speed.packing`).
         fast_lora: Whether the adapter computes in the base's type (`speed.fast_lora`).
+        fused: Whether layers take few passes (`speed.fused_layers`), taken to be so for every family.
     """
     # A quantised layer has PEFT's own forward.
-    fast = fast_lora and mode not in QUANTIZED
-    layer = layer_bytes(mode, size, base, adapter, batch, device=device, dropout=dropout, packed=packed, fast=fast)
+    fast, fused = fast_lora and mode not in QUANTIZED, fused and packed
+    layer = layer_bytes(
+        mode, size, base, adapter, batch, device=device, dropout=dropout, packed=packed, fast=fast, fused=fused
+    )
     # With checkpointing each layer keeps its input only; one layer at a time is computed again and kept whole.
     kept = base.layers * batch.tokens * base.hidden * size + layer
     activations = kept if checkpointing else base.layers * layer
+    if fused and not checkpointing:
+        # The last layer keeps its input, normed too, and the keys and values; all else at a few places only.
+        keys = 2 * base.attention * base.groups // base.heads
+        activations -= layer - (2 * base.hidden + keys) * batch.tokens * size
     workspace = workspace_bytes(mode, size, base, batch, packed=packed, fast=fast)
     return Estimate(
         weights=weight_bytes(mode, size, base),
@@ -185,20 +197,22 @@ def layer_bytes(
     dropout: bool,
     packed: bool,
     fast: bool,
+    fused: bool,
 ) -> int:
     """Return the bytes that one decoder layer keeps of a micro-batch for the backward.
 
     For each token, with b bytes a value, h hidden, a attention, f intermediate. The base is frozen, so that its
     linear layers keep nothing; the rest is what autograd was seen to keep (within 10 % for glm and llama):
 
-    - two norms, each its input in fp32: 2 * 4h;
+    - two norms, each its input in fp32: 2 * 4h; 2h * b where `fused`;
     - attention: query, key and value (repeated to all heads) and the result: 4a * b. Packed on CPU it is the query and
-      the softmax over the row, heads * row * b; keys and values are not repeated;
-    - the gated MLP: gate, activated gate and the other half: 3f * b;
+      the softmax over half of the row and of a chunk, heads * (row + chunk) / 2 * b; keys and values are not repeated,
+      2a * groups / heads * b;
+    - the gated MLP: gate, activated gate and the other half: 3f * b; where `fused` it is computed again, 2f * b;
     - the adapter's input, each layer a copy of its own that dropout made, with its mask: 1 byte on CUDA, a number on
       CPU. It is in fp32 as PEFT computes it, in b bytes where `fast`. Without dropout PEFT's fp32 copy stays; where
       there is nothing to convert, the inputs themselves: the two norms' results, the MLP's product and, packed, the
-      rows' attention put together, (2h + f + a) * b;
+      rows' attention put together, (2h + f + a) * b. Layers that share their input share its copy where `fast`;
     - between the adapter's two matrices: its type's bytes * rank;
     - 8bit: bitsandbytes keeps the inputs too.
 
@@ -208,13 +222,17 @@ def layer_bytes(
     inputs = adapter.inputs / base.layers
     shared = (2 * base.hidden + base.intermediate + (base.attention if packed else 0)) * size
     on_cpu = device == "cpu"
-    token: float = 2 * 4 * base.hidden + 3 * base.intermediate * size
+    token: float = (2 * base.hidden + 2 * base.intermediate) * size
+    if not fused:
+        token = 2 * 4 * base.hidden + 3 * base.intermediate * size
     if packed and on_cpu:
-        token += base.attention * size + base.heads * batch.longest * size
+        token += base.attention * (1 + 2 * base.groups / base.heads) * size
+        token += base.heads * size * min(batch.longest, (batch.longest + CHUNK) / 2)
     else:
         token += 4 * base.attention * size
     if dropout:
-        token += inputs * (number + (number if on_cpu else 1))
+        copied = shared / size if fast and fused else inputs
+        token += copied * (number + (number if on_cpu else 1))
     else:
         token += shared if number == size else inputs * number
     token += number * adapter.ranks / base.layers
@@ -301,6 +319,7 @@ def base_shape(model: Any) -> BaseShape:
         intermediate=getattr(config, "intermediate_size", None) or max((n for n, _ in linears), default=0),
         vocabulary=config.vocab_size,
         heads=heads,
+        groups=getattr(config, "num_key_value_heads", None) or heads,
     )
 
 
