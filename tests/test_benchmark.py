@@ -270,6 +270,8 @@ def test_learning_in_words() -> None:
     assert "2 1.000000 1.500000 0.875000" in lines
     assert "ours, plain 2.5e-01 5.0e-01 3.8e-01" in lines and "TRL 0.0e+00 1.2e-01 3.1e-02" in lines
     assert "TRL 0.5000 0.3536 0.2500 0.7500" in lines
+    # Where TRL failed, the others' seed does not count either.
+    assert "ours 0.5000 - 0.5000" in [" ".join(line.split()) for line in learning.learning_text(found[:5]).splitlines()]
 
 
 def test_growth_varies_one_thing_at_a_time() -> None:

@@ -82,7 +82,7 @@ def _learn(bench: Bench, way: str, rows: list[Row], valid: list[Row]) -> Learned
 
 
 def learning_text(learned: list[Learned]) -> str:
-    """Return the losses of the first seed, the largest differences of all, and the log-loss; of one number type."""
+    """Return one type's losses (first seed), largest differences, and log-loss over the seeds that no way failed."""
     if not learned:
         return "nothing was trained to its end"
     first = {one.way: one.losses for one in learned if one.seed == learned[0].seed}
@@ -126,9 +126,13 @@ def _apart_cells(learned: list[Learned], other: str) -> list[str]:
 
 
 def _log_loss_rows(learned: list[Learned]) -> list[list[str]]:
+    ways = list(dict.fromkeys(one.way for one in learned))
+    found = {(one.way, one.seed): one.log_loss for one in learned}
+    # Seeds differ by more than ways do: a mean over other seeds would say nothing.
+    seeds = [seed for seed in dict.fromkeys(one.seed for one in learned) if all((way, seed) in found for way in ways)]
     rows = []
-    for way in dict.fromkeys(one.way for one in learned):
-        values = [one.log_loss for one in learned if one.way == way]
+    for way in ways if seeds else []:
+        values = [found[way, seed] for seed in seeds]
         rows.append([way, *mean_and_spread(values, ".4f"), " ".join(f"{value:.4f}" for value in values)])
     return rows
 
