@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_clf.config import Settings, load_settings, settings_to_dict
-from llm_clf.errors import ArtifactError, LlmClfError
-from llm_clf.files import file_hash, partial_name, read_json, write_json, write_yaml
+from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
+from llm_clf.files import file_hash, partial_name, read_json, require_free, write_json, write_yaml
 from llm_clf.prompting.tasks import Task, load_task
 
 FORMAT = 1
@@ -40,6 +40,22 @@ class Run:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a finished run."""
     return (folder / RUN).is_file()
+
+
+def require_run_place(place: Path, *, overwrite: bool) -> None:
+    """Refuse a place that no run can take: one that is taken, or holds something else than a run.
+
+    Raises:
+        ConfigError: `place` exists and `overwrite` is false, or what is there is no run.
+    """
+    require_free(place, overwrite=overwrite, what="something")
+    if place.exists() and not is_run(place) and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{place}: is no run, so --overwrite leaves it alone. Give another --out.")
+
+
+def run_metrics(folder: Path) -> dict[str, Any]:
+    """Return the validation metrics of a run, nothing where it was not measured."""
+    return dict(read_json(folder / METRICS)) if (folder / METRICS).is_file() else {}
 
 
 def save_inputs(folder: Path, task: Task, settings: Settings) -> None:

@@ -20,8 +20,8 @@ from llm_clf.decisions.predictions import (
     read_predictions,
     write_predictions,
 )
-from llm_clf.engine.classifier import Scored
 from llm_clf.engine.journal import Journal
+from llm_clf.engine.scores import Scored
 from llm_clf.errors import ArtifactError, ConfigError, DataError
 from llm_clf.prompting.rows import read_rows
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_clf.commands.predict import find_source
 from llm_clf.config import Settings, load_settings, require_sections
 from llm_clf.console import say
 from llm_clf.conversation import Conversation, Write, converse
@@ -17,6 +16,7 @@ from llm_clf.errors import ConfigError, DataError
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task, load_task
 from llm_clf.runs import Run, is_run
+from llm_clf.sources import find_source
 
 MAX_NEW_TOKENS = 512
 

@@ -3,18 +3,17 @@
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llm_clf.commands.validate import score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
 from llm_clf.console import say
-from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
+from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
-from llm_clf.evaluation.tables import metrics_text
 from llm_clf.files import (
     file_hash,
     locked,
@@ -23,47 +22,28 @@ from llm_clf.files import (
     read_json,
     replace_folder,
     require_apart,
-    require_free,
     write_json,
     writing,
 )
-from llm_clf.prompting.prompts import SPLITS, Prompt, read_split
-from llm_clf.prompting.tasks import Task, load_task
+from llm_clf.prompting.training_data import TrainingData, read_training_data
 from llm_clf.runs import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
     LOG,
-    METRICS,
-    VALID_PREDICTIONS,
     commit,
     is_run,
     package_versions,
+    require_run_place,
+    run_metrics,
     save_facts,
     save_inputs,
     task_facts,
 )
+from llm_clf.sources import LoraSource
 
 INPUTS = "inputs.json"
 CHECKPOINTED = ("", ", activations computed again in the backward")
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """What is trained and validated on."""
-
-    task: Task
-    train: list[Prompt]
-    """Labelled rows only."""
-    valid: list[Prompt]
-    unlabelled: int
-    """Training rows left out because they have no label."""
-    hashes: dict[str, str]
-    """Of the prompts files, by split."""
-
-    @property
-    def validates(self) -> bool:
-        return any(prompt.label is not None for prompt in self.valid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +85,12 @@ def finetune(
     place = path_of(out)
     if resume and is_run(place):
         say(f"{place} is finished; nothing to do.")
-        return _metrics(place)
-    _check_place(place, overwrite=overwrite)
+        return run_metrics(place)
+    require_run_place(place, overwrite=overwrite)
     settings = resolve_settings(model, config, set)
     base, folder = path_of(settings.model.name), path_of(data)
     require_apart(place, [folder, *([base] if base.is_dir() else [])])
-    prompts = _read_data(folder)
+    prompts = read_training_data(folder)
     _check_settings(settings, prompts)
     with locked(place):
         unfinished = partial_name(place)
@@ -150,30 +130,7 @@ def shipped_recipe() -> Path:
     return next(place for place in places if place.is_dir()) / f"{DEFAULT_BASE}.yaml"
 
 
-def _check_place(place: Path, *, overwrite: bool) -> None:
-    require_free(place, overwrite=overwrite, what="something")
-    if place.exists() and not is_run(place) and (not place.is_dir() or any(place.iterdir())):
-        raise ConfigError(f"{place}: is no run, so --overwrite leaves it alone. Give another --out.")
-
-
-def _read_data(folder: Path) -> _Data:
-    if not (folder / "task.yaml").is_file():
-        raise DataError(f"{folder}: has no task.yaml. Give a folder that `llm-clf build-prompts` made.")
-    task = load_task(folder / "task.yaml")
-    rows = read_split(folder, "train", task)
-    train = [row for row in rows if row.label is not None]
-    found = Counter(row.label for row in train)
-    if len(found) < 2:
-        raise DataError(
-            f"{folder / 'train.jsonl'}: found {len(train)} labelled rows with {len(found)} labels; training needs rows "
-            "of at least two. Give more rows, or a larger share for training (--split)."
-        )
-    valid = read_split(folder, "valid", task)
-    hashes = {split: file_hash(folder / f"{split}.jsonl") for split in SPLITS[:2]}
-    return _Data(task, train, valid, len(rows) - len(train), hashes)
-
-
-def _check_settings(settings: Settings, data: _Data) -> None:
+def _check_settings(settings: Settings, data: TrainingData) -> None:
     """Refuse settings that do not fit the task, before any model is loaded."""
     if settings.data.cut is not None and settings.data.cut not in data.task.columns:
         raise ConfigError(
@@ -193,7 +150,7 @@ def _check_settings(settings: Settings, data: _Data) -> None:
             )
 
 
-def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> None:
+def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: bool) -> None:
     """Fill the unfinished run folder; its run.json comes last."""
     from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
     from llm_clf.models.budget import mode_of
@@ -220,7 +177,10 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     )
 
     trained = _fit(settings, data, folder, device, rows)
-    _score_validation(settings, data, folder)
+    if data.valid:
+        score_validation(LoraSource(folder / ADAPTER, data.task, settings, None), data.valid, folder)
+    else:
+        say("No validation rows: the last step's adapter is kept, and nothing is measured.")
     facts = {
         "kind": "lora",
         "name": folder.name.removesuffix(".partial"),
@@ -244,11 +204,7 @@ def _finish(unfinished: Path, place: Path) -> dict[str, Any]:
     shutil.rmtree(unfinished / CHECKPOINTS, ignore_errors=True)
     (unfinished / INPUTS).unlink(missing_ok=True)
     replace_folder(unfinished, place)
-    return _metrics(place)
-
-
-def _metrics(run: Path) -> dict[str, Any]:
-    return dict(read_json(run / METRICS)) if (run / METRICS).is_file() else {}
+    return run_metrics(place)
 
 
 def _drop_fruitless(unfinished: Path) -> None:
@@ -279,7 +235,7 @@ def _cut_to_memory(settings: Settings, empty: Any, rows: _Rows, device: Any) -> 
     return settings.model_copy(update={"train": settings.train.model_copy(update=found)})
 
 
-def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
+def _fit(settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     """Train and save the adapter; return what run.json says of it."""
     from llm_clf.engine.classifier import Classifier
     from llm_clf.engine.training import train
@@ -330,7 +286,7 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows
     }
 
 
-def _tokenize(base: Any, data: _Data, settings: Settings) -> _Rows:
+def _tokenize(base: Any, data: TrainingData, settings: Settings) -> _Rows:
     """Return the training rows as tokens with their answers."""
     from llm_clf.engine.classifier import prompt_tokenizer
     from llm_clf.engine.training import TrainingExample, row_weights
@@ -348,7 +304,7 @@ def _tokenize(base: Any, data: _Data, settings: Settings) -> _Rows:
     return _Rows(tokenizer, tokens, examples, sum(example.cut for example in encoded))
 
 
-def _claim(folder: Path, settings: Settings, data: _Data, base: dict[str, Any], *, resume: bool) -> bool:
+def _claim(folder: Path, settings: Settings, data: TrainingData, base: dict[str, Any], *, resume: bool) -> bool:
     """Make the unfinished run folder, or check that the one there belongs to the same training; return whether it does.
 
     Raises:
@@ -395,7 +351,7 @@ def _accelerator(settings: Settings, device: Any, folder: Path) -> Any:
     return accelerator
 
 
-def _measure(classifier: Any, data: _Data) -> dict[str, float]:
+def _measure(classifier: Any, data: TrainingData) -> dict[str, float]:
     """Return the validation metrics of the model as it is now, by the path that predict takes."""
     from llm_clf.decisions.decide import decide, probabilities
 
@@ -404,19 +360,3 @@ def _measure(classifier: Any, data: _Data) -> dict[str, float]:
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
     metrics = compute_metrics(gold, predicted, probs, data.task.names)
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
-
-
-def _score_validation(settings: Settings, data: _Data, folder: Path) -> None:
-    """Score the validation rows with the saved adapter exactly as predict will; write predictions and metrics."""
-    from llm_clf.commands.predict import Source, predict_prompts
-    from llm_clf.decisions.predictions import read_predictions
-
-    if not data.valid:
-        say("No validation rows: the last step's adapter is kept, and nothing is measured.")
-        return
-    source = Source(folder / ADAPTER, data.task, settings, None)
-    predict_prompts(source, data.valid, folder / VALID_PREDICTIONS)
-    table = read_predictions(folder / VALID_PREDICTIONS)
-    metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
-    write_json(folder / METRICS, metrics)
-    say("Validation rows, scored with the saved adapter:\n" + metrics_text(metrics))

@@ -5,11 +5,10 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
 from llm_clf.console import progress, say
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.decisions.parsing import AnswerParser
@@ -23,26 +22,16 @@ from llm_clf.decisions.predictions import (
     prediction_columns,
     write_predictions,
 )
+from llm_clf.engine.journal import Journal
+from llm_clf.engine.scores import Scored
 from llm_clf.errors import ConfigError, DataError
-from llm_clf.files import file_hash, locked, partial_name, path_of, require_apart, require_free
+from llm_clf.files import locked, partial_name, path_of, require_apart, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
-from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import CONFIG, Run, is_run, load_run
+from llm_clf.prompting.tasks import Task
+from llm_clf.sources import Source, find_source
 
 Decode = Literal["score", "generate"]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where labels come from: an adapter, the task it answers and the settings it is read with."""
-
-    adapter: Path | None
-    """None: the base alone answers."""
-    task: Task
-    settings: Settings
-    run: Run | None
-    """None where there is only an adapter, or a base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,27 +121,6 @@ def _unfinished(place: Path, inputs: Sequence[str | Path], *, resume: bool, over
     return partial_name(place)
 
 
-def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> Source:
-    """Return what to predict with: a run, or a bare adapter with the task and the base given.
-
-    Raises:
-        ArtifactError: The folder is neither.
-        ConfigError: A bare adapter lacks a task or a base, a run is given another one, or an override does not fit.
-    """
-    require_sections(overrides, ("model", "predict", "speed"), "a prediction")
-    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
-    if is_run(folder) or not (folder / "adapter_config.json").is_file():
-        run = load_run(folder)
-        if task is not None:
-            raise ConfigError(f"{folder}: is a run and has its own task; leave out --task.")
-        if changes:
-            run = replace(run, settings=load_settings([folder / CONFIG], changes))
-        return Source(run.adapter, run.task, run.settings, run)
-    if task is None or model is None:
-        raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
-    return Source(folder, load_task(task), load_settings(overrides=changes), None)
-
-
 def predict_prompts(
     source: Source,
     prompts: Iterable[Prompt],
@@ -180,18 +148,13 @@ def predict_prompts(
     names = source.task.names
     chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns)
 
-    from llm_clf.engine.classifier import Scored
-    from llm_clf.engine.journal import Journal
-    from llm_clf.models.bases import quiet_libraries
-
-    quiet_libraries()
     key = _job_key(source, survey.digest, decode)
     with Journal(journal, key=key, rows=survey.rows, labels=len(names), resume=resume) as scored:
         before, started = len(scored.finished), time.monotonic()
         if before:
             say(f"Going on: {before:,} of {survey.rows:,} rows are there.")
         if before < survey.rows:
-            classifier = _load(source, decode)
+            scorer = source.load(generate=decode == "generate")
             started = time.monotonic()
             with progress("predicting", survey.rows, "rows", done=before) as advance:
 
@@ -199,7 +162,7 @@ def predict_prompts(
                     scored.record(batch)
                     advance(len(batch.rows))
 
-                classifier.score(prompts, done, scored.finished)
+                scorer.score(prompts, done, scored.finished)
         seconds = time.monotonic() - started
         predictions = _predictions(prompts, scored, source.task, decode)
         write_predictions(out, predictions, labels=names, columns=chosen)
@@ -252,26 +215,7 @@ def _survey(prompts: Iterable[Prompt]) -> _Survey:
 
 def _job_key(source: Source, rows_digest: str, decode: Decode) -> str:
     """Return a hash of all that the scores depend on."""
-    from llm_clf.models.adapters import adapter_weights
-    from llm_clf.models.bases import base_identity
-
-    parts = [
-        rows_digest,
-        decode,
-        file_hash(adapter_weights(source.adapter)) if source.adapter is not None else None,
-        base_identity(source.settings.model.name)["hash"],
-        source.task.model_dump(mode="json"),
-        settings_to_dict(source.settings),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _load(source: Source, decode: Decode) -> Any:
-    from llm_clf.engine.classifier import Classifier, require_same_base
-
-    if source.run is not None:
-        require_same_base(source.run)
-    return Classifier.from_adapter(source.adapter, source.task, source.settings, generate=decode == "generate")
+    return hashlib.sha256(json.dumps([rows_digest, decode, *source.identity()]).encode()).hexdigest()
 
 
 def _predictions(prompts: Iterable[Prompt], scored: Any, task: Task, decode: Decode) -> Iterator[Prediction]:

@@ -1,0 +1,88 @@
+"""What a prediction comes from: a run, a bare adapter or a base, and how each becomes something that scores prompts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
+from llm_clf.engine.scores import Scorer
+from llm_clf.errors import ConfigError
+from llm_clf.files import file_hash
+from llm_clf.prompting.tasks import Task, load_task
+from llm_clf.runs import CONFIG, Run, is_run, load_run
+
+
+class Source(Protocol):
+    """A model of any kind with the task that it answers."""
+
+    @property
+    def task(self) -> Task:
+        """Return the task."""
+
+    def identity(self) -> list[object]:
+        """Return all that the scores of a prompt depend on, as values fit for JSON."""
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load the model; with `generate` it also writes answers.
+
+        Raises:
+            LlmClfError: Something of it is missing, damaged or does not fit.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSource:
+    """A causal language model, as a rule with an adapter."""
+
+    adapter: Path | None
+    """None: the base alone answers."""
+    task: Task
+    settings: Settings
+    run: Run | None
+    """None where there is only an adapter, or a base."""
+
+    def identity(self) -> list[object]:
+        """Return hashes of adapter and base, the task and the settings."""
+        from llm_clf.models.adapters import adapter_weights
+        from llm_clf.models.bases import base_identity, quiet_libraries
+
+        quiet_libraries()
+        return [
+            file_hash(adapter_weights(self.adapter)) if self.adapter is not None else None,
+            base_identity(self.settings.model.name)["hash"],
+            self.task.model_dump(mode="json"),
+            settings_to_dict(self.settings),
+        ]
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load base and adapter; the base of a run must be the one that it was trained on."""
+        from llm_clf.engine.classifier import Classifier, require_same_base
+        from llm_clf.models.bases import quiet_libraries
+
+        quiet_libraries()
+        if self.run is not None:
+            require_same_base(self.run)
+        return Classifier.from_adapter(self.adapter, self.task, self.settings, generate=generate)
+
+
+def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> LoraSource:
+    """Return what to predict with: a run, or a bare adapter with the task and the base given.
+
+    Raises:
+        ArtifactError: The folder is neither.
+        ConfigError: A bare adapter lacks a task or a base, a run is given another one, or an override does not fit.
+    """
+    require_sections(overrides, ("model", "predict", "speed"), "a prediction")
+    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
+    if is_run(folder) or not (folder / "adapter_config.json").is_file():
+        run = load_run(folder)
+        if task is not None:
+            raise ConfigError(f"{folder}: is a run and has its own task; leave out --task.")
+        if changes:
+            run = replace(run, settings=load_settings([folder / CONFIG], changes))
+        return LoraSource(run.adapter, run.task, run.settings, run)
+    if task is None or model is None:
+        raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
+    return LoraSource(folder, load_task(task), load_settings(overrides=changes), None)
