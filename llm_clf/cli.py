@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llm_clf.errors import LlmClfError
+from llm_clf.errors import ConfigError, LlmClfError
 
 INTERRUPTED = 130
 RESUMABLE = {"finetune", "predict", "import-chatglm"}
@@ -90,6 +90,13 @@ def predict(
     columns: Annotated[
         str | None, typer.Option(help="Columns to write, comma-separated; the rows' own columns may be named too.")
     ] = None,
+    fill: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="What a column of --columns holds where the rows lack it or their cell is empty; may be repeated.",
+        ),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="For a bare adapter: the task.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="BASE", help="For a bare adapter: the base. For a run: where its base is now.")
@@ -111,6 +118,7 @@ def predict(
         out=out,
         decode=decode,  # type: ignore[arg-type]
         columns=columns,
+        fill=_parse_fill(fill or []),
         task=task,
         model=model,
         set=set or (),
@@ -118,6 +126,17 @@ def predict(
         resume=resume,
         overwrite=overwrite,
     )
+
+
+def _parse_fill(fill: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in fill]
+    names = [name for name, _, _ in pairs]
+    for text, (name, equals, _) in zip(fill, pairs, strict=True):
+        if not (name and equals):
+            raise ConfigError(f"--fill {text!r}: expected NAME=VALUE, such as Keywords=none.")
+        if names.count(name) > 1:
+            raise ConfigError(f"--fill: names {name!r} more than once; name each column once.")
+    return {name: value for name, _, value in pairs}
 
 
 @app.command()

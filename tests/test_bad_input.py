@@ -979,6 +979,26 @@ def _(place: Place) -> tuple[object, ...]:
     return (*place.predict(), "--columns", "id,label,id")
 
 
+@kind("a column to fill that is not written", "--fill Keywords: is not among the columns", "--columns")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,label", "--fill", "Keywords=tmp")
+
+
+@kind("a column of predictions to fill", "--fill label: is a column of predictions")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,label", "--fill", "label=1")
+
+
+@kind("a column to fill without a value", "--fill 'Keywords'", "NAME=VALUE")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,Keywords", "--fill", "Keywords")
+
+
+@kind("a column to fill twice", "--fill: names 'Keywords' more than once")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,Keywords", "--fill", "Keywords=a", "--fill", "Keywords=b")
+
+
 @kind("predictions of another ending", "--out new.xlsx", "'.xlsx'", ".csv, .jsonl, .parquet")
 def _(place: Place) -> tuple[object, ...]:
     return ("predict", "run", "rows.csv", "--out", "new.xlsx")

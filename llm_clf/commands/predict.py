@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ def predict(
     out: str | Path,
     decode: Decode = "score",
     columns: str | Sequence[str] | None = None,
+    fill: Mapping[str, str] | None = None,
     task: str | Path | None = None,
     model: str | None = None,
     set: Sequence[str] = (),
@@ -69,6 +70,8 @@ def predict(
         decode: `score` gives every row the most probable label; `generate` lets the model write its answer and reads
             the label from it, or finds none (`unparsed`).
         columns: What to write, of the predictions' and the rows' columns; None: all of the predictions'.
+        fill: Texts by the names of wanted columns, for rows that have nothing there: where the rows lack the column, or
+            the cell is empty. What a row has of its own is kept.
         task: For a bare adapter: the task.
         model: For a bare adapter: the base. For a run: where its base is now, if it was moved.
         set: Settings of the sections model, predict and speed, such as `model.quantization=4bit`.
@@ -100,7 +103,7 @@ def predict(
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(
-                source, prompts, place, decode=decode, columns=columns, journal=unfinished, resume=resume
+                source, prompts, place, decode=decode, columns=columns, fill=fill, journal=unfinished, resume=resume
             )
 
 
@@ -128,6 +131,7 @@ def predict_prompts(
     *,
     decode: Decode = "score",
     columns: Sequence[str] | None = None,
+    fill: Mapping[str, str] | None = None,
     journal: Path | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
@@ -139,6 +143,7 @@ def predict_prompts(
         out: The predictions file.
         decode: Whether the label is the most probable one, or what a generated answer means.
         columns: What to write; None: all columns of predictions.
+        fill: What rows have in a wanted column in place of nothing.
         journal: Where scores stand until all are there; None: in memory only.
         resume: Go on with the journal that is there.
     """
@@ -146,7 +151,7 @@ def predict_prompts(
     if survey.rows == 0:
         raise DataError("ROWS: there is no row below the names of the columns, so nothing to predict. Give some rows.")
     names = source.task.names
-    chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns)
+    chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns, fill or ())
 
     key = _job_key(source, survey.digest, decode)
     with Journal(journal, key=key, rows=survey.rows, labels=len(names), resume=resume) as scored:
@@ -165,7 +170,7 @@ def predict_prompts(
                 scorer.score(prompts, done, scored.finished)
         seconds = time.monotonic() - started
         predictions = _predictions(prompts, scored, source.task, decode)
-        write_predictions(out, predictions, labels=names, columns=chosen)
+        write_predictions(out, predictions, labels=names, columns=chosen, fill=fill)
         cut = int(scored.cut.sum())
         agreement = {"agreement": _agreement(scored, source.task)} if decode == "generate" else {}
     if journal is not None:
