@@ -20,6 +20,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+baseline = typer.Typer(
+    help="Train a classic model that says whether a language model is worth its price.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(baseline, name="baseline")
+
 Rows = Annotated[
     list[Path],
     typer.Argument(help="CSV, TSV, JSONL, JSON or Parquet (also .gz), or prompts files; - is standard input."),
@@ -171,6 +178,25 @@ def chat(
     from llm_clf.commands import chat as command
 
     command.chat(source, model=model, task=task, set=set or (), once=once)
+
+
+@baseline.command("tfidf")
+def baseline_tfidf(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="The one setting: train.seed=42, of the folds.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Change nothing where the run is finished.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train TF-IDF with logistic regression or a linear SVM, whichever is better on the training rows.
+
+    Example: `llm-clf baseline tfidf output/prompts --out output/tfidf`
+    """
+    from llm_clf.commands import baseline_tfidf as command
+
+    command.baseline_tfidf(data, out=out, set=set or (), resume=resume, overwrite=overwrite)
 
 
 @app.command()

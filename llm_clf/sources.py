@@ -4,18 +4,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
 from llm_clf.engine.scores import Scorer
 from llm_clf.errors import ConfigError
 from llm_clf.files import file_hash
 from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import CONFIG, Run, is_run, load_run
+from llm_clf.runs import CONFIG, LORA, TFIDF, Run, is_run, load_run
 
 
 class Source(Protocol):
     """A model of any kind with the task that it answers."""
+
+    generates: ClassVar[bool]
+    """Whether it can write answers."""
 
     @property
     def task(self) -> Task:
@@ -35,6 +38,8 @@ class Source(Protocol):
 @dataclass(frozen=True, slots=True)
 class LoraSource:
     """A causal language model, as a rule with an adapter."""
+
+    generates: ClassVar[bool] = True
 
     adapter: Path | None
     """None: the base alone answers."""
@@ -67,8 +72,30 @@ class LoraSource:
         return Classifier.from_adapter(self.adapter, self.task, self.settings, generate=generate)
 
 
-def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> LoraSource:
-    """Return what to predict with: a run, or a bare adapter with the task and the base given.
+@dataclass(frozen=True, slots=True)
+class TfidfSource:
+    """TF-IDF with a linear model."""
+
+    generates: ClassVar[bool] = False
+
+    model: Path
+    """The file of the pipeline."""
+    task: Task
+
+    def identity(self) -> list[object]:
+        """Return a hash of the model, and the task."""
+        return [file_hash(self.model), self.task.model_dump(mode="json")]
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load the model, which writes no answers."""
+        from llm_clf.baselines.tfidf_model import TfidfScorer, load_pipeline
+
+        assert not generate
+        return TfidfScorer(load_pipeline(self.model), self.task.names)
+
+
+def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> Source:
+    """Return what to predict with: a run of any kind, or a bare adapter with the task and the base given.
 
     Raises:
         ArtifactError: The folder is neither.
@@ -77,12 +104,24 @@ def find_source(folder: Path, task: str | Path | None, model: str | None, overri
     require_sections(overrides, ("model", "predict", "speed"), "a prediction")
     changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     if is_run(folder) or not (folder / "adapter_config.json").is_file():
-        run = load_run(folder)
-        if task is not None:
-            raise ConfigError(f"{folder}: is a run and has its own task; leave out --task.")
-        if changes:
-            run = replace(run, settings=load_settings([folder / CONFIG], changes))
-        return LoraSource(run.adapter, run.task, run.settings, run)
+        return _run_source(load_run(folder), task, changes)
     if task is None or model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
     return LoraSource(folder, load_task(task), load_settings(overrides=changes), None)
+
+
+def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> Source:
+    """Return what a run is to predict with, by its kind."""
+    if task is not None:
+        raise ConfigError(f"{run.folder}: is a run and has its own task; leave out --task.")
+    if run.kind == LORA:
+        if changes:
+            run = replace(run, settings=load_settings([run.folder / CONFIG], changes))
+        return LoraSource(run.adapter, run.task, run.settings, run)
+    if changes:
+        raise ConfigError(
+            f"{run.folder}: is a run of kind {run.kind}, which has no base and no settings of a prediction; leave out "
+            "--model and --set."
+        )
+    assert run.kind == TFIDF
+    return TfidfSource(run.learned, run.task)

@@ -31,7 +31,9 @@ from llm_clf.runs import (
     CHECKPOINTS,
     CONFIG,
     LOG,
+    LORA,
     commit,
+    is_finished,
     is_run,
     package_versions,
     require_run_place,
@@ -83,7 +85,7 @@ def finetune(
         LlmClfError: Settings, prompts or base are wrong, or the loss is not a number.
     """
     place = path_of(out)
-    if resume and is_run(place):
+    if resume and is_finished(place, LORA):
         say(f"{place} is finished; nothing to do.")
         return run_metrics(place)
     require_run_place(place, overwrite=overwrite)
@@ -170,7 +172,7 @@ def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: 
         settings = load_settings([folder / CONFIG])
     else:
         settings = _cut_to_memory(settings, empty, rows, device)
-        save_inputs(folder, data.task, settings)
+        save_inputs(folder, data.task, settings_to_dict(settings))
     say(
         f"Base {settings.model.name} in {mode_of(settings.model)} on {describe(device)}; micro-batches of "
         f"{settings.train.micro_batch_tokens:,} tokens{CHECKPOINTED[bool(settings.train.gradient_checkpointing)]}."
@@ -182,7 +184,7 @@ def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: 
     else:
         say("No validation rows: the last step's adapter is kept, and nothing is measured.")
     facts = {
-        "kind": "lora",
+        "kind": LORA,
         "name": folder.name.removesuffix(".partial"),
         "base": base,
         "task": task_facts(data.task),

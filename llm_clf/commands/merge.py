@@ -28,7 +28,7 @@ from llm_clf.files import (
     writing,
 )
 from llm_clf.prompting.prompts import Prompt, read_split
-from llm_clf.runs import CONFIG, TASK, VALID_PREDICTIONS, Run, commit, load_run, package_versions, task_facts
+from llm_clf.runs import CONFIG, LORA, TASK, VALID_PREDICTIONS, Run, commit, load_run, package_versions, task_facts
 from llm_clf.sources import LoraSource
 
 FORMAT = 1
@@ -96,9 +96,13 @@ def _find_run(folder: Path, model: str | None) -> Run:
 
     Raises:
         ArtifactError: It is no run.
-        ConfigError: It was trained on a quantised base, and no other is given.
+        ConfigError: It has no adapter, or was trained on a quantised base and no other is given.
     """
     run = load_run(folder)
+    if run.kind != LORA:
+        raise ConfigError(
+            f"{folder}: is a run of kind {run.kind}, with neither adapter nor base. Give one that finetune made."
+        )
     changes = [f"model.name={json.dumps(model)}"] if model is not None else []
     mode = run.settings.model.quantization
     if mode != "none":

@@ -100,6 +100,8 @@ def predict(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
         source = find_source(path_of(run), task, model, set)
+        if decode == "generate" and not source.generates:
+            raise ConfigError(f"--decode generate: {run} is no language model and writes no answers; leave it out.")
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(
