@@ -108,8 +108,8 @@ class PredictSettings(Section):
     """Most tokens in one forward, padding included."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Most tokens of a generated answer (`--decode generate`)."""
-    merge: bool = False
-    """Add the adapter into the base's weights before scoring: faster, equal up to rounding in the base's dtype."""
+    merge: Literal["auto"] | bool = "auto"
+    """Add the adapter into the base's weights to score; auto: where no validation probability moves by over 1e-3."""
 
 
 class SpeedSettings(Section):
@@ -121,6 +121,10 @@ class SpeedSettings(Section):
     """With packing: read what all prompts begin with once, for all rows of a step or a prediction."""
     fast_lora: bool = True
     """LoRA layers in the base's number type, the update added by one product."""
+    fused_layers: bool = True
+    """With packing: layers of known families with norm, rotary embedding, gate and attention in few passes."""
+    short_last_layer: bool = True
+    """With fused layers: the last one's queries, output and MLP only where an answer is read."""
 
 
 class Settings(Section):
@@ -132,6 +136,10 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     predict: PredictSettings = PredictSettings()
     speed: SpeedSettings = SpeedSettings()
+
+    def merging(self, merge: bool) -> "Settings":
+        """Return the settings with `predict.merge` decided."""
+        return self.model_copy(update={"predict": self.predict.model_copy(update={"merge": merge})})
 
     @field_validator("*", mode="before")
     @classmethod

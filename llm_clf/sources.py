@@ -24,6 +24,10 @@ class Source(Protocol):
     def task(self) -> Task:
         """Return the task."""
 
+    @property
+    def batch_tokens(self) -> int | None:
+        """Return the most tokens that are scored at once, None where the model has no such budget."""
+
     def identity(self) -> list[object]:
         """Return all that the scores of a prompt depend on, as values fit for JSON."""
 
@@ -46,7 +50,12 @@ class LoraSource:
     task: Task
     settings: Settings
     run: Run | None
-    """None where there is only an adapter, or a base."""
+    """None where there is only an adapter, or a base. Its settings are those above."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Return the budget of the settings."""
+        return self.settings.predict.batch_tokens
 
     def identity(self) -> list[object]:
         """Return hashes of adapter and base, the task and the settings."""
@@ -64,12 +73,14 @@ class LoraSource:
     def load(self, *, generate: bool = False) -> Scorer:
         """Load base and adapter; the base of a run must be the one that it was trained on."""
         from llm_clf.engine.classifier import Classifier, require_same_base
+        from llm_clf.engine.fitting import memory_explained
         from llm_clf.models.bases import quiet_libraries
 
         quiet_libraries()
         if self.run is not None:
             require_same_base(self.run)
-        return Classifier.from_adapter(self.adapter, self.task, self.settings, generate=generate)
+        with memory_explained():
+            return Classifier.from_adapter(self.adapter, self.task, self.settings, generate=generate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,7 @@ class TfidfSource:
     model: Path
     """The file of the pipeline."""
     task: Task
+    batch_tokens: ClassVar[None] = None
 
     def identity(self) -> list[object]:
         """Return a hash of the model, and the task."""
@@ -116,7 +128,7 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> So
         raise ConfigError(f"{run.folder}: is a run and has its own task; leave out --task.")
     if run.kind == LORA:
         if changes:
-            run = replace(run, settings=load_settings([run.folder / CONFIG], changes))
+            run = replace(run, settings=_changed(run, changes))
         return LoraSource(run.adapter, run.task, run.settings, run)
     if changes:
         raise ConfigError(
@@ -125,3 +137,17 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> So
         )
     assert run.kind == TFIDF
     return TfidfSource(run.learned, run.task)
+
+
+def _changed(run: Run, changes: Sequence[str]) -> Settings:
+    """Return a run's settings with changes.
+
+    Where they leave `predict.merge` to the run, its adapter is merged as for its validation; not where the base is held
+    otherwise now, since what was found of one number type says nothing of another.
+    """
+    then = run.settings
+    settings = load_settings([run.folder / CONFIG], ["predict.merge=auto", *changes])
+    if settings.predict.merge != "auto":
+        return settings
+    held_so = settings.model == then.model.model_copy(update={"name": settings.model.name})
+    return settings.merging(then.predict.merge is True and held_so)

@@ -26,10 +26,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -56,6 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import GradScalerKwargs  # noqa: E402
+from flops import matmul_rate, seconds_of, useful_flops  # noqa: E402
 from transformers import GlmConfig, GlmForCausalLM  # noqa: E402
 
 from llm_clf.config import LoraSettings, Settings, SpeedSettings, TrainSettings  # noqa: E402
@@ -442,52 +442,6 @@ def compare_memory(plan: Plan, peak: Peak, target: int | None) -> dict[str, Any]
 # --- Speed
 
 
-def matmul_rate(device: torch.device) -> dict[str, Any]:
-    """Return the operations a second of a large matrix product, in bf16 where the device has it."""
-    name = choose_dtype("auto", device)
-    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 5)
-    one, other = (torch.randn(size, size, device=device).to(DTYPES[name]) for _ in range(2))
-
-    def multiply() -> None:
-        for _ in range(repeats):
-            torch.mm(one, other)
-
-    multiply()
-    return {"dtype": name, "size": size, "flops_per_second": 2 * size**3 * repeats / seconds_of(multiply, device)}
-
-
-def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Return the time that some work takes, waiting for the card."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def useful_flops(shapes: Shapes, lengths: Sequence[int], *, places: int, passes: int) -> int:
-    """Return the operations that rows of these lengths need; what is computed again or for padding does not count.
-
-    Two for each frozen weight and token, two for each weight of the output embedding at the places whose logits are
-    needed, and attention under its causal mask: products of a token with half of the others, twice. The backward of a
-    frozen weight costs the same once more, the gradient of its input; that of attention twice. The adapter is left out.
-
-    Args:
-        shapes: Of the base.
-        lengths: Tokens of the rows.
-        places: Places a row whose logits are needed.
-        passes: 1 for a forward, 2 for a forward and its backward.
-    """
-    base = shapes.base
-    weights = sum(inputs * outputs for inputs, outputs in base.linears)
-    tokens = sum(lengths)
-    dense = 2 * weights * tokens + 2 * base.vocabulary * base.hidden * places * len(lengths)
-    attention = 2 * base.layers * base.attention * sum(length * length for length in lengths)
-    return dense * passes + attention * (1 if passes == 1 else 3)
-
-
 def plan_for(size: Size, mode: str, compute: str, device: torch.device, target: int | None) -> tuple[Shapes, Plan]:
     """Return the shapes of base and adapter, and the plan that finetune would make for full rows."""
     settings = Settings(train=TrainSettings(batch_size=BATCH))
@@ -529,7 +483,7 @@ def measure(result: dict[str, Any], mode: str, compute: str, options: Options, d
     shapes, plan = plan_for(size, mode, compute, device, target)
     cut = {"micro_batch_tokens": plan.micro_batch_tokens, "gradient_checkpointing": plan.gradient_checkpointing}
     result["plan"] = cut
-    result["matmul"] = matmul_rate(device)
+    result["matmul"] = matmul_rate(device, choose_dtype("auto", device))
     before = memory_now(device)[0]
     base = build_base(size, mode, compute, device, drawn_weights(size, DTYPES[compute], device))
     gc.collect()
@@ -557,7 +511,9 @@ def time_training(bench: Bench, lengths: Sequence[int], settings: TrainSettings)
     examples = make_examples(lengths, bench.size.vocabulary)
     recorder = Recorder(bench.compute, bench.model.device)
     state = run_training(bench.model, examples, settings, SpeedSettings(), recorder)
-    flops = useful_flops(bench.shapes, lengths, places=len(ANSWERS[0]), passes=2)
+    # The last token of an answer is predicted and never read.
+    read = [length - 1 for length in lengths]
+    flops = useful_flops(bench.shapes.base, read, places=len(ANSWERS[0]), backward=True)
     finite = all(map(math.isfinite, recorder.losses))
     return {**bench.rates(state.rows, state.tokens, state.seconds, flops), "finite": finite}
 
@@ -574,7 +530,8 @@ def time_prediction(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
 
     scorer.score([prompts[row] for row in batches[0]])
     seconds = seconds_of(score, bench.model.device)
-    flops = useful_flops(bench.shapes, lengths, places=len(ANSWERS[0]) + 1, passes=1)
+    # Behind a prompt stand three tokens of answers, the shared one and both others; an answer has as many.
+    flops = useful_flops(bench.shapes.base, lengths, places=len(ANSWERS[0]) + 1, backward=False)
     return bench.rates(len(prompts), sum(len(ids) for ids in prompts), seconds, flops)
 
 

@@ -131,6 +131,32 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+def tied_base(folder: Path) -> Path:
+    """Save a base whose head shares its weights with the embeddings."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = tiny_config("llama")
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a base whose layers are wide enough for bitsandbytes' blocks of 64 on a CPU."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide")
+    config = tiny_config("glm")
+    config.update({"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder
+
+
 @pytest.fixture
 def prompts(many_rows: Path, short_task: Path, tmp_path: Path) -> Path:
     """Return a prompts folder of 40 rows, with some to train, to validate and to test."""

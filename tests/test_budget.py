@@ -95,7 +95,8 @@ def test_run_records_what_auto_meant_and_resume_keeps_it(
     # Less memory now would cut otherwise, and refuse; the run goes on as it began.
     monkeypatch.setattr("llm_clf.models.budget.free_memory", lambda device: 10**6)
     finetune(prompts, out=tmp_path / "run", model=str(base), set=["train.epochs=2", "train.eval_every=1"], resume=True)
-    assert load_settings([tmp_path / "run" / "config.yaml"]) == recorded
+    finished = load_settings([tmp_path / "run" / "config.yaml"])
+    assert recorded.predict.merge == "auto" and finished == recorded.merging(finished.predict.merge is True)
 
 
 def test_4_bits_need_layers_of_whole_blocks_on_a_cpu(make_base: Any) -> None:

@@ -178,20 +178,17 @@ def test_predictions_on_standard_output_are_json_lines_and_nothing_else(trained:
 
 def test_merged_adapter_gives_the_same_probabilities(trained: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
     prompts, run = trained
-    task = run / "task.yaml"
-    llm_clf.predict(run / "adapter", [prompts / "test.jsonl"], out=tmp_path / "bare.csv", task=task, model=str(base))
-    llm_clf.predict(run, [prompts / "test.jsonl"], out=tmp_path / "run.csv")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    merged = tmp_path / "merged"
-    merged.mkdir()
-    for place in run.iterdir():
-        (merged / place.name).symlink_to(place)
-    (merged / "config.yaml").unlink()
-    config["predict"]["merge"] = True
-    (merged / "config.yaml").write_text(yaml.safe_dump(config))
-    llm_clf.predict(merged, [prompts / "test.jsonl"], out=tmp_path / "merged.csv")
-    columns = [np.loadtxt(tmp_path / f"{name}.csv", delimiter=",", skiprows=1, usecols=3) for name in ("run", "merged")]
-    np.testing.assert_allclose(columns[0], columns[1], atol=1e-4)
+    rows, task = [prompts / "test.jsonl"], run / "task.yaml"
+    llm_clf.predict(
+        run / "adapter", rows, out=tmp_path / "bare.csv", task=task, model=str(base), set=["model.dtype=fp32"]
+    )
+    llm_clf.predict(run, rows, out=tmp_path / "beside.csv", set=["predict.merge=false"])
+    llm_clf.predict(run, rows, out=tmp_path / "merged.csv", set=["predict.merge=true"])
+    assert (tmp_path / "bare.csv").read_bytes() == (tmp_path / "beside.csv").read_bytes()
+    columns = [
+        np.loadtxt(tmp_path / f"{name}.csv", delimiter=",", skiprows=1, usecols=3) for name in ("beside", "merged")
+    ]
+    np.testing.assert_allclose(columns[0], columns[1], atol=1e-5)
 
 
 def test_swapped_labels_would_show(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import CHAT_TEMPLATE, SHORT_TASK, byte_tokenizer, tiny_config, tiny_model
+from conftest import CHAT_TEMPLATE, SHORT_TASK, byte_tokenizer, tied_base, tiny_model
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,7 +32,6 @@ from llm_clf.files import partial_name
 from llm_clf.models.adapters import attach_adapter, merge_adapter, new_adapter, save_adapter
 from llm_clf.models.bases import base_identity, load_model, load_tokenizer
 from llm_clf.models.devices import DTYPES
-from llm_clf.models.quantization import dequantized
 
 MakeBase = Callable[..., Path]
 Train = Callable[..., Path]
@@ -343,15 +342,6 @@ def test_variants_of_lora_merge_exactly(
     assert facts["changes"]["largest_probability_change"] < 1e-5
 
 
-def tied_base(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = tiny_config("llama")
-    config.tie_word_embeddings = True
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
-    byte_tokenizer(folder)
-    return folder
-
-
 def test_tied_embeddings_stay_tied(train: Train, prompts: Path, tmp_path: Path) -> None:
     base = tied_base(tmp_path / "base")
     llm_clf.merge(train(base), out=tmp_path / "model", data=prompts)
@@ -515,18 +505,6 @@ def test_the_folder_is_a_base_that_can_be_trained(merged: Path, train: Train, pr
 # Quantised bases
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a base whose layers are wide enough for bitsandbytes' blocks of 64 on a CPU."""
-    folder = tmp_path_factory.mktemp("wide")
-    config = tiny_config("glm")
-    config.update({"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
-    byte_tokenizer(folder)
-    return folder
-
-
 @pytest.mark.parametrize("mode", ["4bit", "8bit"])
 def test_a_run_on_a_quantised_base_is_merged_into_the_half_precision_one_alone(
     mode: str, wide: Path, train: Train, prompts: Path, tmp_path: Path
@@ -543,23 +521,6 @@ def test_a_run_on_a_quantised_base_is_merged_into_the_half_precision_one_alone(
     torch.testing.assert_close(logits(load(tmp_path / "model")), logits(beside), rtol=0, atol=1e-5)
     assert load_file(tmp_path / "model" / "model.safetensors").keys() == before.state_dict().keys()
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
-
-
-@pytest.mark.filterwarnings("ignore:Merge lora module to .-bit linear:UserWarning")
-@pytest.mark.parametrize("mode", ["4bit", "8bit"])
-def test_predict_merges_into_quantised_weights_as_peft_does(mode: str, wide: Path, train: Train) -> None:
-    """`predict.merge` is the user's choice for one prediction, and no file is made of it."""
-    run = train(wide, f"model.quantization={mode}")
-    settings, tokenizer = ModelSettings(name=str(wide), quantization=mode), load_tokenizer_of(wide)
-    ours, peft = (
-        attach_adapter(
-            load_model(settings, dtype="fp32", device=CPU), run / "adapter", merge=merge, tokenizer=tokenizer
-        )
-        for merge in (True, False)
-    )
-    held = {name: dequantized(parameter) for name, parameter in peft.merge_and_unload().named_parameters()}
-    for name, parameter in ours.named_parameters():
-        assert torch.equal(dequantized(parameter), held[name]), name
 
 
 def test_a_quantised_run_is_merged_into_its_own_base_only(

@@ -117,7 +117,8 @@ def adapted(*, dropout: float = 0.0, pack: bool = True) -> Any:
 @given(rows=rows_of_tokens)
 @settings(max_examples=10, deadline=None)
 def test_gradients_through_a_beginning_read_once_equal_one_row_at_a_time(rows: list[list[int]]) -> None:
-    plain, model = adapted(pack=False), adapted()
+    # In fp64, so that only the packed path's rounding counts.
+    plain, model = adapted(pack=False).double(), adapted()
     for row in rows:
         one_by_one(plain, [*SHARED, *row])[-1].square().sum().backward()
     made = read_beginning(model, SHARED)

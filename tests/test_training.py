@@ -152,10 +152,9 @@ def test_packed_step_equals_the_definition(shared: int, dropout: float, checkpoi
         model = adapted(dropout).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        settings = TrainSettings(micro_batch_tokens=budget)
-        backward = _backward_of(model, examples, settings, speed, 3, Accelerator(cpu=True))
+        gradients = _backward_of(model, examples, speed, 3, Accelerator(cpu=True))
         torch.manual_seed(11)
-        loss = backward(examples)
+        loss = gradients.do(examples, budget)
         return loss, [parameter.grad.clone() for parameter in trainable(model)]
 
     loss, found = step(SpeedSettings(shared_prefix=shared > 0, fast_lora=False), 4096)
@@ -178,7 +177,7 @@ def test_shared_tokens_without_an_adapter_on_keys_and_values(targets: Any) -> No
             for number, parameter in enumerate(trainable(model)):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
         rows = [TrainingExample([201, 202, *e.ids], e.answer, e.weight) for e in EXAMPLES]
-        _backward_of(model, rows, TrainSettings(micro_batch_tokens=64), speed, 3, Accelerator(cpu=True))(rows)
+        _backward_of(model, rows, speed, 3, Accelerator(cpu=True)).do(rows, 64)
         return [parameter.grad.clone() for parameter in trainable(model)]
 
     for one, other in zip(step(SpeedSettings()), step(SpeedSettings(packing=False, fast_lora=False)), strict=True):

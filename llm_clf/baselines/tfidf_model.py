@@ -98,8 +98,16 @@ class TfidfScorer:
         self._columns = [names.index(label) for label in pipeline.classes_]
         self._labels = len(names)
 
-    def score(self, prompts: Iterable[Prompt], done: Callable[[Scored], None], finished: Collection[int] = ()) -> None:
-        """Score prompts batch by batch, as `Scorer` says."""
+    def score(
+        self,
+        prompts: Iterable[Prompt],
+        done: Callable[[Scored], None],
+        finished: Collection[int] = (),
+        *,
+        fits: int | None = None,
+        found: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """Score prompts batch by batch, as `Scorer` says; memory is no question here."""
         first = 0
         for batch in windows(prompts, BATCH_ROWS):
             rows = list(range(first, first + len(batch)))

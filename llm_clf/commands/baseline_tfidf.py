@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_clf.commands.validate import score_validation
+from llm_clf.commands.predict import predict_prompts
+from llm_clf.commands.validation import measure_validation
 from llm_clf.config import Settings, load_settings, require_keys
 from llm_clf.console import say, table
 from llm_clf.errors import ConfigError, DataError
@@ -28,6 +29,7 @@ from llm_clf.runs import (
     CHECKPOINTS,
     KINDS,
     TFIDF,
+    VALID_PREDICTIONS,
     commit,
     cpu_hardware,
     is_finished,
@@ -145,7 +147,8 @@ def _make_run(data: TrainingData, settings: Settings, folder: Path) -> None:
     save_pipeline(model, fitted.pipeline)
     _write_features(folder / FEATURES, features)
     if data.valid:
-        score_validation(TfidfSource(model, data.task), data.valid, folder)
+        predict_prompts(TfidfSource(model, data.task), data.valid, folder / VALID_PREDICTIONS)
+        measure_validation(folder)
     else:
         say("No validation rows: nothing is measured.")
     facts = {

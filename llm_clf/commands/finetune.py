@@ -4,12 +4,12 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llm_clf.commands.validate import score_validation
+from llm_clf.commands.validation import score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
 from llm_clf.console import say
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
@@ -25,6 +25,7 @@ from llm_clf.files import (
     write_json,
     writing,
 )
+from llm_clf.prompting.tasks import Task
 from llm_clf.prompting.training_data import TrainingData, read_training_data
 from llm_clf.runs import (
     ADAPTER,
@@ -42,7 +43,6 @@ from llm_clf.runs import (
     save_inputs,
     task_facts,
 )
-from llm_clf.sources import LoraSource
 
 INPUTS = "inputs.json"
 CHECKPOINTED = ("", ", activations computed again in the backward")
@@ -154,6 +154,7 @@ def _check_settings(settings: Settings, data: TrainingData) -> None:
 
 def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: bool) -> None:
     """Fill the unfinished run folder; its run.json comes last."""
+    from llm_clf.models.adapters import require_mergeable
     from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
     from llm_clf.models.budget import mode_of
     from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
@@ -165,11 +166,14 @@ def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: 
     dtype = choose_dtype(settings.model.dtype, device)
     resolved, _ = resolve_base(settings.model)
     settings = settings.model_copy(update={"model": resolved.model_copy(update={"dtype": dtype})})
+    if settings.predict.merge is True:
+        require_mergeable(settings.model)
     base = base_identity(settings.model.name)
     empty = empty_model(settings.model)
     rows = _tokenize(empty, data, settings)
     if _claim(folder, settings, data, base, resume=resume):
-        settings = load_settings([folder / CONFIG])
+        # Whether to merge is decided at the end, by what was asked for; a kill after that may have left an answer here.
+        settings = _as_found(settings, folder)
     else:
         settings = _cut_to_memory(settings, empty, rows, device)
         save_inputs(folder, data.task, settings_to_dict(settings))
@@ -179,16 +183,17 @@ def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: 
     )
 
     trained = _fit(settings, data, folder, device, rows)
-    if data.valid:
-        score_validation(LoraSource(folder / ADAPTER, data.task, settings, None), data.valid, folder)
-    else:
-        say("No validation rows: the last step's adapter is kept, and nothing is measured.")
+    settings = _as_found(settings, folder)
+    choice, fits = score_validation(settings, data.task, data.valid, folder)
+    settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
+    save_inputs(folder, data.task, settings_to_dict(settings.merging(choice.merged)))
     facts = {
         "kind": LORA,
         "name": folder.name.removesuffix(".partial"),
         "base": base,
         "task": task_facts(data.task),
         **trained,
+        "merge": asdict(choice),
         "prompts": data.hashes,
         "seed": settings.train.seed,
         "versions": package_versions(),
@@ -237,8 +242,29 @@ def _cut_to_memory(settings: Settings, empty: Any, rows: _Rows, device: Any) -> 
     return settings.model_copy(update={"train": settings.train.model_copy(update=found)})
 
 
+def _record(folder: Path, task: Task, section: str, **found: int) -> None:
+    """Put into the run's settings what was found while it runs: --resume goes on with it, and predict takes it."""
+    settings = load_settings([folder / CONFIG])
+    changed = getattr(settings, section).model_copy(update=found)
+    save_inputs(folder, task, settings_to_dict(settings.model_copy(update={section: changed})))
+
+
+def _as_found(settings: Settings, folder: Path) -> Settings:
+    """Return the settings with the token budgets that were found while it ran."""
+    found = load_settings([folder / CONFIG])
+    predict = settings.predict.model_copy(update={"batch_tokens": found.predict.batch_tokens})
+    return settings.model_copy(update={"train": found.train, "predict": predict})
+
+
 def _fit(settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     """Train and save the adapter; return what run.json says of it."""
+    from llm_clf.engine.fitting import memory_explained
+
+    with memory_explained():
+        return _fit_in_memory(settings, data, folder, device, rows)
+
+
+def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     from llm_clf.engine.classifier import Classifier
     from llm_clf.engine.training import train
     from llm_clf.models.adapters import new_adapter, save_adapter, trainable
@@ -262,8 +288,9 @@ def _fit(settings: Settings, data: TrainingData, folder: Path, device: Any, rows
             settings.speed,
             accelerator=accelerator,
             pad_id=tokens.pad_id,
-            evaluate=(lambda: _measure(classifier, data)) if data.validates else None,
+            evaluate=(lambda: _measure(classifier, data, folder)) if data.validates else None,
             folder=folder / CHECKPOINTS,
+            found=lambda tokens: _record(folder, data.task, "train", micro_batch_tokens=tokens),
         )
     finally:
         accelerator.end_training()
@@ -353,11 +380,14 @@ def _accelerator(settings: Settings, device: Any, folder: Path) -> Any:
     return accelerator
 
 
-def _measure(classifier: Any, data: TrainingData) -> dict[str, float]:
+def _measure(classifier: Any, data: TrainingData, folder: Path) -> dict[str, float]:
     """Return the validation metrics of the model as it is now, by the path that predict takes."""
     from llm_clf.decisions.decide import decide, probabilities
 
+    before = classifier.batch_tokens
     probs = probabilities(classifier.score_all(data.valid))
+    if classifier.batch_tokens != before:
+        _record(folder, data.task, "predict", batch_tokens=classifier.batch_tokens)
     predicted = [data.task.names[choice] for choice in decide(probs)]
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
     metrics = compute_metrics(gold, predicted, probs, data.task.names)

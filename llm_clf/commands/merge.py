@@ -193,10 +193,10 @@ def _write_model(run: Run, folder: Path) -> dict[str, tuple[Any, ...]]:
     from safetensors import SafetensorError
 
     from llm_clf.models.adapters import attach_adapter
-    from llm_clf.models.bases import base_config, load_model, load_tokenizer
+    from llm_clf.models.bases import is_quantized, load_model, load_tokenizer
 
     base = run.settings.model
-    if getattr(base_config(base), "quantization_config", None) is not None:
+    if is_quantized(base):
         raise ArtifactError(
             f"{base.name}: its weights are quantised on disk, and rounding the merged ones to so few bits would blur "
             "what was learned. Train on its half-precision release, with model.quantization where memory is "

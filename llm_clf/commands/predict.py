@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from llm_clf.config import load_settings
 from llm_clf.console import progress, say
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.decisions.parsing import AnswerParser
@@ -23,13 +24,14 @@ from llm_clf.decisions.predictions import (
     write_predictions,
 )
 from llm_clf.engine.journal import Journal
-from llm_clf.engine.scores import Scored
+from llm_clf.engine.scores import Scored, Scorer
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.files import locked, partial_name, path_of, require_apart, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
 from llm_clf.prompting.tasks import Task
-from llm_clf.sources import Source, find_source
+from llm_clf.runs import CONFIG, Run
+from llm_clf.sources import LoraSource, Source, find_source
 
 Decode = Literal["score", "generate"]
 
@@ -102,6 +104,8 @@ def predict(
         source = find_source(path_of(run), task, model, set)
         if decode == "generate" and not source.generates:
             raise ConfigError(f"--decode generate: {run} is no language model and writes no answers; leave it out.")
+        if isinstance(source, LoraSource) and source.run is not None:
+            _say_merged_otherwise(source.run)
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(
@@ -126,6 +130,15 @@ def _unfinished(place: Path, inputs: Sequence[str | Path], *, resume: bool, over
     return partial_name(place)
 
 
+def _say_merged_otherwise(run: Run) -> None:
+    """Say so where the adapter is merged and was not for the run's validation, or the other way round."""
+    then = load_settings([run.folder / CONFIG]).predict.merge is True
+    now = run.settings.predict.merge is True
+    if now != then and run.facts.get("rows", {}).get("valid"):
+        ways = {True: "merged into the base", False: "beside the base"}
+        say(f"The adapter is {ways[now]} here; the run's validation rows were scored with it {ways[then]}.")
+
+
 def predict_prompts(
     source: Source,
     prompts: Iterable[Prompt],
@@ -136,6 +149,7 @@ def predict_prompts(
     fill: Mapping[str, str] | None = None,
     journal: Path | None = None,
     resume: bool = False,
+    scorer: Scorer | None = None,
 ) -> dict[str, Any]:
     """Score prompts into `journal`, and write `out` from it when all are there.
 
@@ -148,6 +162,7 @@ def predict_prompts(
         fill: What rows have in a wanted column in place of nothing.
         journal: Where scores stand until all are there; None: in memory only.
         resume: Go on with the journal that is there.
+        scorer: The source loaded; None: it is when all rows have been read once.
     """
     survey = _survey(prompts)
     if survey.rows == 0:
@@ -158,10 +173,11 @@ def predict_prompts(
     key = _job_key(source, survey.digest, decode)
     with Journal(journal, key=key, rows=survey.rows, labels=len(names), resume=resume) as scored:
         before, started = len(scored.finished), time.monotonic()
+        fits = source.batch_tokens
         if before:
             say(f"Going on: {before:,} of {survey.rows:,} rows are there.")
         if before < survey.rows:
-            scorer = source.load(generate=decode == "generate")
+            scorer = scorer or source.load(generate=decode == "generate")
             started = time.monotonic()
             with progress("predicting", survey.rows, "rows", done=before) as advance:
 
@@ -169,7 +185,7 @@ def predict_prompts(
                     scored.record(batch)
                     advance(len(batch.rows))
 
-                scorer.score(prompts, done, scored.finished)
+                fits = scorer.score(prompts, done, scored.finished, fits=scored.fits, found=scored.shrink)
         seconds = time.monotonic() - started
         predictions = _predictions(prompts, scored, source.task, decode)
         write_predictions(out, predictions, labels=names, columns=chosen, fill=fill)
@@ -182,7 +198,7 @@ def predict_prompts(
     if agreement:
         _say_agreement(agreement["agreement"])
     figures = {"rows": survey.rows, "cut": cut, "seconds": round(seconds, 3), "rows_per_second": round(speed, 2)}
-    return figures | agreement
+    return figures | {"batch_tokens": fits} | agreement
 
 
 def _say_agreement(found: dict[str, Any]) -> None:

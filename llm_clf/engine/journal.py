@@ -33,6 +33,8 @@ class Journal:
         self.cut = np.zeros(rows, dtype=bool)
         self.texts: dict[int, str] = {}
         self.finished: set[int] = set()
+        self.fits: int | None = None
+        """Most tokens at once that were found to fit into memory; None: it did not run out."""
         self._file = file
         self._lines = None
         if file is None:
@@ -56,6 +58,11 @@ class Journal:
         line = {"rows": batch.rows, "scores": batch.scores.tolist(), "cut": [int(value) for value in batch.cut]}
         self._append(line | ({"texts": batch.texts} if batch.texts is not None else {}))
         self._keep(batch)
+
+    def shrink(self, tokens: int) -> None:
+        """Keep how many tokens at once are tried from here on; it is on disk when this returns."""
+        self._append({"fits": tokens})
+        self.fits = tokens
 
     def close(self) -> None:
         """Close the file and leave it."""
@@ -111,6 +118,9 @@ class Journal:
 
     def _keep_line(self, file: Path, number: int, record: dict[str, Any]) -> None:
         try:
+            if "fits" in record:
+                self.fits = int(record["fits"])
+                return
             scores = np.array(record["scores"], dtype=np.float32)
             self._keep(Scored(record["rows"], scores, record["cut"], record.get("texts")))
         except (LookupError, TypeError, ValueError) as error:

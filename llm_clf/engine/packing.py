@@ -1,8 +1,8 @@
 """Rows one behind another in one sequence, behind a beginning that they all share: nothing is padded or read twice.
 
-No row sees another: attention is computed row by row, each over the shared beginning and itself. The beginning is read
-once, and what rows need of it, its keys and values in every layer, is kept. It plugs into transformers' attention
-interface, so that all else is the model's own code.
+No row sees another: attention is computed row by row, each over the shared beginning and itself, or on CUDA over all of
+them in one kernel with a mask. The beginning is read once, and what rows need of it, its keys and values in every
+layer, is kept. It plugs into transformers' attention interface, so that all else can be the model's own code.
 
 Sharing a beginning in training with exact gradients is described in https://arxiv.org/abs/2506.05433 (Prefix Grouper)
 and https://arxiv.org/abs/2410.20305 (preference pairs).
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from llm_clf.engine.attention import attend
+from llm_clf.engine import flex
+from llm_clf.engine.attention import CHUNK, Chunk, RowPlan, attend
+from llm_clf.engine.decoder import ends_short
 
 # Families whose attention goes through the interface with the forward's own arguments; each is tested.
 FAMILIES = frozenset({"glm", "llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt2"})
@@ -30,7 +32,7 @@ class Beginning:
 
     tokens: int
     layers: list[KeysAndValues]
-    """Keys and values by layer, each of shape `(1, key-value heads, tokens, head width)`."""
+    """Keys and values by layer, each of shape `(tokens, key-value heads, head width)`."""
 
     def leaves(self) -> "Beginning":
         """Return the same values cut off from what made them: gradients gather on them."""
@@ -86,18 +88,56 @@ NO_ANSWERS = AnswerShape([], torch.zeros(0, 0, dtype=torch.bool))
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """What attention must know of a sequence; handed through the model's forward."""
+class Layout:
+    """What a model's layers must know of a packed sequence; handed through the model's forward."""
 
     beginning: Beginning
-    spans: list[tuple[int, int, int]]
-    """Of each row: its first place, that of its first node, and the one behind its last."""
-    causal: torch.Tensor | None
-    """Additive mask for the longest row behind the beginning; None where the kernel masks by itself."""
-    nodes: torch.Tensor | None
-    """Additive mask among nodes, shape `(nodes, nodes)`."""
+    rows: list[RowPlan]
+    """Attention of all places."""
+    wanted: list[RowPlan]
+    """Attention of the wanted places, one behind another, alone."""
+    places: torch.Tensor
+    """The wanted places in the sequence."""
+    blocks: Any = None
+    """The mask of all places at once, of `flex.packed_blocks`; None: attention goes row by row."""
     kept: dict[int, KeysAndValues] = field(default_factory=dict)
     """By layer, what the sequence itself has for keys and values."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """Return one layer's attention, of all places or of the wanted ones alone, shape `(queries, heads · width)`.
+
+        Args:
+            layer: Its number.
+            query: Shape `(queries, heads, head width)`.
+            key: Shape `(tokens, key-value heads, head width)`, rotated.
+            value: As `key`.
+            scaling: Of the scores.
+            dropout: Of the base's own attention, in training.
+        """
+        # Where activations are computed again this runs twice; the first are the ones that others already read.
+        self.kept.setdefault(layer, (key, value))
+        before = self.beginning.layers[layer] if self.beginning.tokens else None
+        everywhere = len(query) == len(key)
+        if everywhere and self.blocks is not None:
+            parts = [(key, value)] if before is None else [before, (key, value)]
+            keys, values = zip(*((_heads_first(k), _heads_first(v)) for k, v in parts), strict=True)
+            found = flex.attend(_heads_first(query), keys, values, self.blocks, scaling)
+            return found[0].transpose(0, 1).flatten(1)
+        plan = self.rows if everywhere else self.wanted
+        return attend(query, key, value, before, plan, scaling, dropout)
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """Return `(tokens, heads, width)` as `(1, heads, tokens, width)`."""
+    return x.transpose(0, 1)[None]
 
 
 def allows_packing(config: Any) -> bool:
@@ -126,9 +166,7 @@ def read_beginning(model: Any, ids: Sequence[int]) -> Beginning:
     """
     if not ids:
         return NOTHING
-    causal = _causal(len(ids), 0, model) if model.device.type == "cpu" else None
-    layout = _Layout(NOTHING, [(0, len(ids), len(ids))], causal, None)
-    _forward(model, list(ids), list(range(len(ids))), layout, torch.tensor([len(ids) - 1]))
+    layout = _read(model, [Row(ids)], NOTHING, [[len(ids) - 1]], NO_ANSWERS)[1]
     return Beginning(len(ids), [layout.kept[layer] for layer in sorted(layout.kept)])
 
 
@@ -148,46 +186,80 @@ def packed_logits(
         wanted: Places by row, counted from 0 behind the beginning, nodes included.
         answers: How nodes see each other; the same tree for every row.
     """
+    return _read(model, rows, beginning, wanted, answers)[0]
+
+
+def _read(
+    model: Any, rows: Sequence[Row], beginning: Beginning, wanted: Sequence[Sequence[int]], answers: AnswerShape
+) -> tuple[torch.Tensor, Layout]:
+    masks = _Masks(model, answers)
     ids: list[int] = []
     positions: list[int] = []
     places: list[int] = []
-    spans = []
+    all_places, wanted_places, spans = [], [], []
     for row, some in zip(rows, wanted, strict=True):
-        first, middle = len(ids), len(ids) + len(row.ids)
-        places += [first + place for place in some]
+        span = slice(len(ids), len(ids) + len(row.ids) + len(row.nodes))
+        all_places.append(RowPlan(span, masks.chunks(span.start, len(row.ids), len(row.nodes))))
+        wanted_places.append(RowPlan(span, [masks.some(len(places), len(row.ids), len(row.nodes), some)]))
+        spans.append((span.start, span.start + len(row.ids), span.stop))
         ids += [*row.ids, *row.nodes]
         end = beginning.tokens + len(row.ids)
         positions += [*range(beginning.tokens, end), *(end + depth for depth in answers.depths[: len(row.nodes)])]
-        spans.append((first, middle, len(ids)))
-    longest = max(len(row.ids) for row in rows)
-    needs_mask = beginning.tokens or model.device.type == "cpu"
-    causal = _causal(longest, beginning.tokens, model) if needs_mask else None
-    layout = _Layout(beginning, spans, causal, _additive(answers.seen, model) if answers.depths else None)
-    return _forward(model, ids, positions, layout, torch.tensor(places))
+        places += [span.start + place for place in some]
+    blocks = None
+    if len(rows) > 1 and flex.suits(model):
+        blocks = flex.packed_blocks(spans, beginning.tokens, answers.seen, model.device)
+    layout = Layout(beginning, all_places, wanted_places, torch.tensor(places, device=model.device), blocks)
+    return _forward(model, ids, positions, layout), layout
 
 
-def _forward(model: Any, ids: list[int], positions: list[int], layout: _Layout, places: torch.Tensor) -> torch.Tensor:
+def _forward(model: Any, ids: list[int], positions: list[int], layout: Layout) -> torch.Tensor:
     device = model.device
     logits: torch.Tensor = model(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         # Four dimensions: transformers takes it as made, and makes none of its own; attention looks at the layout.
         attention_mask=torch.empty(1, 1, 0, 0, device=device),
-        logits_to_keep=places.to(device),
+        # A short last layer leaves the wanted places only; 0 keeps all that there are.
+        logits_to_keep=0 if ends_short(model) else layout.places,
         use_cache=False,
         layout=layout,
     ).logits
     return logits[0]
 
 
-def _causal(longest: int, before: int, model: Any) -> torch.Tensor:
-    """Return the mask by which a row's place sees the beginning and its row up to itself."""
-    return _additive(torch.ones(longest, before + longest, dtype=torch.bool).tril(before), model)
+class _Masks:
+    """What is added to the scores of queries, by which places they may see."""
 
+    def __init__(self, model: Any, answers: AnswerShape) -> None:
+        self._dtype, self._device = model.dtype, model.device
+        self._answers = answers
+        self._causal = self._additive(torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril())
+        self._nodes = self._additive(answers.seen)
 
-def _additive(seen: torch.Tensor, model: Any) -> torch.Tensor:
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
-    return mask.masked_fill_(~seen.to(model.device), torch.finfo(model.dtype).min)
+    def chunks(self, start: int, tokens: int, nodes: int) -> list[Chunk]:
+        """Return the attention of all places of a row that starts at `start`."""
+        found = []
+        for first in range(0, tokens, CHUNK):
+            size = min(CHUNK, tokens - first)
+            queries = slice(start + first, start + first + size)
+            found.append(Chunk(queries, first + size, self._causal[:size, :size]))
+        if nodes:
+            found.append(Chunk(slice(start + tokens, start + tokens + nodes), tokens + nodes, self._nodes))
+        return found
+
+    def some(self, start: int, tokens: int, nodes: int, places: Sequence[int]) -> Chunk:
+        """Return the attention of some places of a row, whose queries stand from `start` on."""
+        seen = torch.zeros(len(places), tokens + nodes, dtype=torch.bool)
+        for query, place in enumerate(places):
+            seen[query, : min(place + 1, tokens)] = True
+            if place >= tokens:
+                seen[query, tokens:] = self._answers.seen[place - tokens]
+        return Chunk(slice(start, start + len(places)), tokens + nodes, self._additive(seen))
+
+    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(seen.shape, dtype=self._dtype)
+        return mask.masked_fill_(~seen, torch.finfo(self._dtype).min).to(self._device)
 
 
 def _attention(
@@ -196,7 +268,7 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    layout: _Layout | None = None,
+    layout: Layout | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend row by row where there is a layout; tensors are `(1, heads, tokens, head width)`.
@@ -209,43 +281,10 @@ def _attention(
 
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return whole
-    number = module.layer_idx
-    # Where activations are computed again this runs twice; the first are the ones that others already read.
-    layout.kept.setdefault(number, (key, value))
-    before = layout.beginning.tokens
-    done = []
-    for first, middle, end in layout.spans:
-        keys, values = key[:, :, first:end], value[:, :, first:end]
-        if before:
-            shared = layout.beginning.layers[number]
-            keys, values = torch.cat([shared[0], keys], dim=2), torch.cat([shared[1], values], dim=2)
-        size = middle - first
-        seen = before + size
-        mask = None if layout.causal is None else layout.causal[:size, :seen]
-        done.append(_attend(module, query[:, :, first:middle], keys[:, :, :seen], values[:, :, :seen], mask, options))
-        if end > middle and layout.nodes is not None:
-            tree = torch.nn.functional.pad(layout.nodes, (seen, 0))
-            done.append(_attend(module, query[:, :, middle:end], keys, values, tree, options))
-    return torch.cat(done, dim=1), None
-
-
-def _attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: dict[str, Any],
-) -> torch.Tensor:
-    """Return one row's attention, shape `(1, tokens, heads, head width)`; the mask is `(tokens, seen tokens)`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if query.device.type == "cpu" and not options.get("dropout"):
-        scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        return attend(query, key, value, mask, scaling).transpose(1, 2)
-    four = None if mask is None else mask[None, None]
-    result: torch.Tensor = sdpa_attention_forward(module, query, key, value, four, **options)[0]
-    return result
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
+    found = layout.attend(module.layer_idx, queries, keys, values, scaling, options.get("dropout") or 0.0)
+    return found.view(1, *queries.shape), None
 
 
 @contextmanager

@@ -27,7 +27,15 @@ class Scored:
 class Scorer(Protocol):
     """Something that scores the labels of a task for prompts."""
 
-    def score(self, prompts: Iterable[Prompt], done: Callable[[Scored], None], finished: Collection[int] = ()) -> None:
+    def score(
+        self,
+        prompts: Iterable[Prompt],
+        done: Callable[[Scored], None],
+        finished: Collection[int] = (),
+        *,
+        fits: int | None = None,
+        found: Callable[[int], None] = ...,
+    ) -> int | None:
         """Score prompts batch by batch, reading them as it goes.
 
         The plan of batches depends on the prompts and the settings alone; batches that are finished are left out.
@@ -36,6 +44,12 @@ class Scorer(Protocol):
             prompts: Rows in input order.
             done: Takes each batch.
             finished: Numbers of rows that need no scores; whole batches, as `done` got them.
+            fits: Most tokens of a part of a batch that are known to fit into memory; None: whole batches.
+            found: Is told how many are tried next where memory ran out. Parts round otherwise than the whole batch, so
+                a job that is to go on to the same result begins with the last of these.
+
+        Returns:
+            How many tokens at once fit into memory; None where the model has no such budget.
         """
 
 

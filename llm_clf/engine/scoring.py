@@ -104,12 +104,22 @@ class LabelScorer:
 
     def plan(self, lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         """Group prompts of the given lengths into batches of at most about `batch_tokens` tokens, padding included."""
-        longest = max(len(word) for words in self._answers for word in words)
-        tail = len(self._tree.tokens) if self._packed else longest
-        max_rows = max(1, LOGITS_LIMIT // ((tail + 1) * self._model.config.get_text_config().vocab_size))
-        if self._packed:
-            return plan_packed([length - len(self._shared) + tail for length in lengths], batch_tokens, max_rows)
-        return plan_batches([length + tail for length in lengths], batch_tokens, max_rows)
+        max_rows = max(1, LOGITS_LIMIT // ((self._tail() + 1) * self._model.config.get_text_config().vocab_size))
+        plan = plan_packed if self._packed else plan_batches
+        return plan(self._sizes(lengths), batch_tokens, max_rows)
+
+    def tokens(self, lengths: Sequence[int]) -> int:
+        """Return the tokens of one batch of prompts of the given lengths, as `plan` counts them."""
+        sizes = self._sizes(lengths)
+        return sum(sizes) if self._packed else len(sizes) * max(sizes)
+
+    def _tail(self) -> int:
+        """Return the tokens that are read behind a prompt."""
+        return len(self._tree.tokens) if self._packed else max(len(word) for words in self._answers for word in words)
+
+    def _sizes(self, lengths: Sequence[int]) -> list[int]:
+        tail = self._tail()
+        return [max(1, length - len(self._shared) + tail) for length in lengths]
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

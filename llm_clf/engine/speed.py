@@ -3,6 +3,7 @@
 from typing import Any
 
 from llm_clf.config import SpeedSettings
+from llm_clf.engine.decoder import enable_fused_layers
 from llm_clf.engine.lora import enable_fast_lora
 from llm_clf.engine.packing import allows_packing, enable_packing
 
@@ -14,4 +15,6 @@ def speed_up(model: Any, speed: SpeedSettings) -> bool:
     packed = speed.packing and allows_packing(model.config)
     if packed:
         enable_packing(model)
+        if speed.fused_layers:
+            enable_fused_layers(model, short=speed.short_last_layer)
     return packed

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from llm_clf.config import SpeedSettings, TrainSettings
 from llm_clf.console import progress, say
 from llm_clf.engine.batches import pad_left, plan_batches, plan_packed
+from llm_clf.engine.fitting import TRIED, TokenBudget, Work
 from llm_clf.engine.packing import (
     Beginning,
     Row,
@@ -83,10 +85,12 @@ def train(
     pad_id: int,
     evaluate: Evaluate | None,
     folder: Path,
+    found: Callable[[int], None] = lambda tokens: None,
 ) -> Progress:
     """Train the adapter, and leave the weights of the best evaluation in the model.
 
-    Goes on from the last checkpoint in `folder` where there is one.
+    Goes on from the last checkpoint in `folder` where there is one. Where memory runs out, the optimiser step is done
+    again in smaller micro-batches.
 
     Args:
         model: The base with a fresh adapter.
@@ -97,9 +101,11 @@ def train(
         pad_id: Token on padded places.
         evaluate: Returns the validation metrics of the model as it is now; None: no validation rows.
         folder: Where checkpoints go.
+        found: Is told the token budget of micro-batches that is gone on with where memory ran out.
 
     Raises:
         ArtifactError: The checkpoint that is there is damaged.
+        ConfigError: Memory runs out on a single row.
         DataError: A checkpoint cannot be written.
         TrainingError: The loss or the gradient is not a number.
     """
@@ -110,7 +116,19 @@ def train(
     due = _evaluation_steps(per_epoch, total, settings.eval_every) if evaluate else set()
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    backward = _backward_of(model, examples, settings, speed, pad_id, accelerator)
+    gradients = _backward_of(model, examples, speed, pad_id, accelerator)
+
+    def shrunk(tokens: int) -> None:
+        if state.step:
+            # First, so that a training that goes on makes none of the former steps again with another budget.
+            _checkpoint(folder, model, state, accelerator)
+        found(tokens)
+
+    budget = TokenBudget(int(settings.micro_batch_tokens), accelerator.device, shrunk)
+    if accelerator.device.type in TRIED and state.step == 0:
+        model.train()
+        steps = [_rows_of_step(step, len(examples), settings) for step in range(total)]
+        budget.try_largest(gradients, [[examples[row] for row in rows] for rows in steps])
     saved = time.monotonic()
 
     with progress("training", total, "steps", done=state.step) as advance:
@@ -119,7 +137,7 @@ def train(
             started = time.monotonic()
             rows = _rows_of_step(state.step, len(examples), settings)
             batch = [examples[row] for row in rows]
-            loss = backward(batch)
+            loss = budget.fit(gradients, batch)
             norm = accelerator.clip_grad_norm_(trainable(model), MAX_GRAD_NORM)
             _require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
             optimizer.step()
@@ -194,40 +212,46 @@ def packed_answer_loss(model: Any, batch: Sequence[TrainingExample], beginning: 
 
 
 def _backward_of(
-    model: Any,
-    examples: Sequence[TrainingExample],
-    settings: TrainSettings,
-    speed: SpeedSettings,
-    pad_id: int,
-    accelerator: Accelerator,
-) -> Callable[[Sequence[TrainingExample]], float]:
-    """Return what adds up the gradients of one optimiser step in micro-batches, and returns its loss.
+    model: Any, examples: Sequence[TrainingExample], speed: SpeedSettings, pad_id: int, accelerator: Accelerator
+) -> Work[TrainingExample, float]:
+    """Return what adds up the gradients of one optimiser step in micro-batches, and gives its loss.
 
     The loss is the mean over the step's answers, weighted: how the step is cut does not change it.
     """
-    budget = int(settings.micro_batch_tokens)
     if not speed_up(model, speed):
         takes = forward_arguments(model)
 
-        def plain(batch: Sequence[TrainingExample]) -> float:
-            cut = plan_batches([len(example.ids) + len(example.answer) for example in batch], budget)
-            return _add_up(batch, cut, lambda rows: answer_loss(model, rows, pad_id, takes), accelerator)
+        def cut_padded(batch: Sequence[TrainingExample], budget: int) -> list[list[int]]:
+            return plan_batches([len(example.ids) + len(example.answer) for example in batch], budget)
 
-        return plain
+        def padded(batch: Sequence[TrainingExample]) -> int:
+            return len(batch) * max(len(example.ids) + len(example.answer) for example in batch)
+
+        def plain(batch: Sequence[TrainingExample], budget: int) -> float:
+            return _add_up(
+                batch, cut_padded(batch, budget), lambda rows: answer_loss(model, rows, pad_id, takes), accelerator
+            )
+
+        return Work(cut_padded, padded, plain, model.zero_grad)
     shared = common_beginning(example.ids for example in examples) if speed.shared_prefix else []
 
-    def packed(batch: Sequence[TrainingExample]) -> float:
+    def length(example: TrainingExample) -> int:
+        return len(example.ids) + len(example.answer) - 1 - len(shared)
+
+    def cut(batch: Sequence[TrainingExample], budget: int) -> list[list[int]]:
+        return plan_packed([length(example) for example in batch], budget)
+
+    def packed(batch: Sequence[TrainingExample], budget: int) -> float:
         with without_adapter_dropout(model):
             made = read_beginning(model, shared)
         leaves = made.leaves()
-        cut = plan_packed([len(example.ids) + len(example.answer) - 1 - len(shared) for example in batch], budget)
-        loss = _add_up(batch, cut, lambda rows: packed_answer_loss(model, rows, leaves), accelerator)
+        loss = _add_up(batch, cut(batch, budget), lambda rows: packed_answer_loss(model, rows, leaves), accelerator)
         # Where activations are computed again, that too is done without dropout.
         with without_adapter_dropout(model):
             made.backward(leaves)
         return loss
 
-    return packed
+    return Work(cut, lambda batch: sum(map(length, batch)), packed, model.zero_grad)
 
 
 def _add_up(
@@ -259,9 +283,14 @@ def _prepare(model: Any, settings: TrainSettings, total: int, accelerator: Accel
 def _rows_of_step(step: int, rows: int, settings: TrainSettings) -> list[int]:
     """Return the rows of one optimiser step; every epoch has an order of its own, given by the seed."""
     epoch, within = divmod(step, math.ceil(rows / settings.batch_size))
-    generator = torch.Generator().manual_seed(settings.seed + epoch)
-    order: list[int] = torch.randperm(rows, generator=generator).tolist()
+    order = _order_of_epoch(rows, settings.seed + epoch)
     return order[within * settings.batch_size : (within + 1) * settings.batch_size]
+
+
+@lru_cache(maxsize=1)
+def _order_of_epoch(rows: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def _evaluation_steps(per_epoch: int, total: int, every: float) -> set[int]:

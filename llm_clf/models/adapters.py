@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llm_clf.config import LoraSettings
+from llm_clf.config import LoraSettings, ModelSettings
 from llm_clf.errors import ArtifactError, ConfigError
 from llm_clf.files import cannot_write, read_json
 
@@ -150,15 +150,30 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
     return (merge_adapter(adapted) if merge else adapted).eval()
 
 
+def require_mergeable(base: ModelSettings) -> None:
+    """Refuse to add an adapter into weights of 8 or 4 bits; the base's config is read, no weight.
+
+    Raises:
+        ConfigError: The base is quantised.
+    """
+    from llm_clf.models.bases import is_quantized
+
+    if is_quantized(base):
+        found = f"model.quantization {base.quantization}" if base.quantization != "none" else "as it lies on disk"
+        raise ConfigError(
+            f"predict.merge true: {base.name} is quantised ({found}), and rounding the merged weights to so few bits "
+            "would blur what was learned. Set predict.merge to false, and the adapter is used beside the base."
+        )
+
+
 def merge_adapter(adapted: Any) -> Any:
     """Return the base with the adapter added into its weights, the sum made in fp32 and rounded once to their type.
 
     A head that shares its weights with the input embeddings, and has an adapter that they have not, gets its own.
-    Weights in 8 or 4 bits are unpacked, changed and quantised again by PEFT; in 4 bits that errs by about as much as
-    the adapter changes.
 
     Args:
-        adapted: A base with its adapter beside it, as PEFT attached it. It must not be used afterwards.
+        adapted: A base that is not quantised, with its adapter beside it as PEFT attached it. It must not be used
+            afterwards: its weights are changed in place, and one layer at a time is held twice.
 
     Raises:
         ArtifactError: A merged weight is no finite number in the base's type.
@@ -171,9 +186,7 @@ def merge_adapter(adapted: Any) -> Any:
         key = getattr(layer, "parameter_name", "weight")
         base = layer.get_base_layer()
         weight = getattr(base, key)
-        if not weight.is_floating_point():
-            layer.merge()
-            continue
+        assert weight.is_floating_point(), "weights in 8 or 4 bits are refused by require_mergeable"
         # PEFT 0.21 with a half-precision weight: safe_merge, and experts in any case, round the product of B and A to
         # the weight's type before it is added, so a sum is rounded twice; the plain merge of other layers adds in fp32
         # because PyTorch promotes it. With the weight in fp32 they all do, and only one layer is held so at a time. A

@@ -111,6 +111,11 @@ def base_config(base: ModelSettings) -> Any:
         return AutoConfig.from_pretrained(find_base(base.name), trust_remote_code=False)
 
 
+def is_quantized(base: ModelSettings) -> bool:
+    """Whether the base's weights are held in few bits: because the settings say so, or as they lie on disk."""
+    return base.quantization != "none" or getattr(base_config(base), "quantization_config", None) is not None
+
+
 def load_tokenizer(base: ModelSettings) -> Any:
     """Return the base's tokenizer.
 

@@ -24,7 +24,7 @@ from llm_clf.models.memory import (
 
 AUTO = "auto"
 # Padded tokens of a micro-batch, tried from the first. On CPU more tokens than the first are no faster.
-BUDGETS = {"cpu": (4096, 2048, 1024, 512), "cuda": (16384, 8192, 4096, 2048, 1024, 512)}
+BUDGETS = {"cpu": (2048, 1024, 512), "cuda": (16384, 8192, 4096, 2048, 1024, 512)}
 # Share of the free memory that an estimate may take before a leaner plan is tried.
 SHARE = 0.9
 

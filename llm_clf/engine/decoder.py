@@ -1,0 +1,100 @@
+"""Decoder layers of known families with the package's own kernels, the last one only where an answer is read.
+
+Glm, Llama, Mistral, Qwen2 and Qwen3 are built alike: norm, attention with rotary embeddings, norm, gated MLP, each
+added to what came in. Their layers get a forward that does the same in fewer passes over packed rows; whatever else
+they are given they read with their own.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from llm_clf.engine.kernels import rms_norm, rotate, silu_gate, silu_gate_joined
+from llm_clf.engine.lora import adapted_linears
+
+# Whether the two numbers that are turned together stand side by side.
+INTERLEAVED = {"glm": True, "llama": False, "mistral": False, "qwen2": False, "qwen3": False}
+
+
+def enable_fused_layers(model: Any, *, short: bool) -> bool:
+    """Give the layers of a known family the forward of this module; return whether the family is known.
+
+    Args:
+        model: A causal language model of transformers, with or without an adapter.
+        short: Whether the last layer computes queries, output and MLP at the wanted places only.
+    """
+    config = model.config.get_text_config()
+    if config.model_type not in INTERLEAVED or config.hidden_act != "silu" or config.attention_dropout:
+        return False
+    layers = _layers(model)
+    for layer in layers:
+        layer.forward = partial(_forward, layer, INTERLEAVED[config.model_type], short and layer is layers[-1])
+        layer.ends_short = short and layer is layers[-1]
+    return True
+
+
+def ends_short(model: Any) -> bool:
+    """Whether a model's last layer leaves the wanted places only."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(hasattr(base, "model") and getattr(_layers(model)[-1], "ends_short", False))
+
+
+def _layers(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.layers
+
+
+def _forward(
+    layer: Any,
+    interleaved: bool,
+    short: bool,
+    hidden_states: torch.Tensor,
+    *arguments: Any,
+    layout: Any = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Return what the layer makes of a packed sequence, shape `(1, tokens, width)`; without a layout, its own forward.
+
+    Where `short`, `tokens` of the result are the wanted places.
+    """
+    if layout is None:
+        whole: torch.Tensor = type(layer).forward(layer, hidden_states, *arguments, **options)
+        return whole
+    cos, sin = (part[0].float() for part in options["position_embeddings"])
+    turn = torch.complex(*(part[:, : part.shape[1] // 2] for part in (cos, sin)))
+    attention = layer.self_attn
+    x = hidden_states[0]
+    normed = _norm(layer.input_layernorm, x)
+    if short:
+        key, value = adapted_linears([attention.k_proj, attention.v_proj], normed)
+        x, normed, queries_turn = x[layout.places], normed[layout.places], turn[layout.places]
+        (query,) = adapted_linears([attention.q_proj], normed)
+    else:
+        query, key, value = adapted_linears([attention.q_proj, attention.k_proj, attention.v_proj], normed)
+        queries_turn = turn
+    query, key, value = (part.view(len(part), -1, attention.head_dim) for part in (query, key, value))
+    if hasattr(attention, "q_norm"):
+        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
+    query = rotate(query, queries_turn, interleaved=interleaved)
+    key = rotate(key, turn, interleaved=interleaved)
+    attended = layout.attend(attention.layer_idx, query, key, value, attention.scaling)
+    x = x + adapted_linears([attention.o_proj], attended)[0]
+    x = x + _gated_mlp(layer.mlp, _norm(layer.post_attention_layernorm, x))
+    return x[None]
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the root-mean-square norm over the last dimension."""
+    if module.weight.requires_grad:
+        trained: torch.Tensor = module(x)
+        return trained
+    return rms_norm(x.flatten(0, -2), module.weight, module.variance_epsilon).view(x.shape)
+
+
+def _gated_mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(mlp, "gate_up_proj"):
+        inner = silu_gate_joined(adapted_linears([mlp.gate_up_proj], x)[0])
+    else:
+        inner = silu_gate(*adapted_linears([mlp.gate_proj, mlp.up_proj], x))
+    return adapted_linears([mlp.down_proj], inner)[0]

@@ -1,0 +1,1 @@
+"""llm-clf beside other tools: what `scripts/benchmark.py` runs."""
