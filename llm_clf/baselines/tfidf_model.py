@@ -53,13 +53,13 @@ def load_pipeline(file: Path) -> Pipeline:
                 f"{file}: holds what a model of this kind does not, and it is not loaded: {error}. Train again."
             ) from error
         except Exception as error:
+            # A damaged file shows itself in any error of zip, JSON, numpy or the objects that are put together.
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(
                 f"{file}: is damaged: {reason or repr(error)}. Copy it again, or train again."
             ) from error
-    for warning in caught[:1]:
-        found = warning.message
-        assert isinstance(found, InconsistentVersionWarning)
+    versions = [one.message for one in caught if isinstance(one.message, InconsistentVersionWarning)]
+    for found in versions[:1]:
         say(
             f"Note: {file} was made with scikit-learn {found.original_sklearn_version}, and this is "
             f"{found.current_sklearn_version}: probabilities can differ."
