@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llm_clf.errors import LlmClfError
+from llm_clf.errors import ConfigError, LlmClfError
 
 INTERRUPTED = 130
 RESUMABLE = {"finetune", "predict", "import-chatglm"}
@@ -19,6 +19,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+baseline = typer.Typer(
+    help="Train a classic model that says whether a language model is worth its price.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(baseline, name="baseline")
 
 Rows = Annotated[
     list[Path],
@@ -90,6 +97,13 @@ def predict(
     columns: Annotated[
         str | None, typer.Option(help="Columns to write, comma-separated; the rows' own columns may be named too.")
     ] = None,
+    fill: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="What a column of --columns holds where the rows lack it or their cell is empty; may be repeated.",
+        ),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="For a bare adapter: the task.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="BASE", help="For a bare adapter: the base. For a run: where its base is now.")
@@ -111,6 +125,7 @@ def predict(
         out=out,
         decode=decode,  # type: ignore[arg-type]
         columns=columns,
+        fill=_parse_fill(fill or []),
         task=task,
         model=model,
         set=set or (),
@@ -118,6 +133,17 @@ def predict(
         resume=resume,
         overwrite=overwrite,
     )
+
+
+def _parse_fill(fill: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in fill]
+    names = [name for name, _, _ in pairs]
+    for text, (name, equals, _) in zip(fill, pairs, strict=True):
+        if not (name and equals):
+            raise ConfigError(f"--fill {text!r}: expected NAME=VALUE, such as Keywords=none.")
+        if names.count(name) > 1:
+            raise ConfigError(f"--fill: names {name!r} more than once; name each column once.")
+    return {name: value for name, _, value in pairs}
 
 
 @app.command()
@@ -152,6 +178,25 @@ def chat(
     from llm_clf.commands import chat as command
 
     command.chat(source, model=model, task=task, set=set or (), once=once)
+
+
+@baseline.command("tfidf")
+def baseline_tfidf(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="The one setting: train.seed=42, of the folds.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Change nothing where the run is finished.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train TF-IDF with logistic regression or a linear SVM, whichever is better on the training rows.
+
+    Example: `llm-clf baseline tfidf output/prompts --out output/tfidf`
+    """
+    from llm_clf.commands import baseline_tfidf as command
+
+    command.baseline_tfidf(data, out=out, set=set or (), resume=resume, overwrite=overwrite)
 
 
 @app.command()

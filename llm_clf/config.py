@@ -88,7 +88,7 @@ class TrainSettings(Section):
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
     seed: Annotated[int, Field(ge=0, le=10**9)] = 42
-    """Seed of the adapter's initial weights, of dropout and of the order of rows."""
+    """Seed of the adapter's initial weights, of dropout and of the order of rows; of the folds of a TF-IDF baseline."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time; auto: where it is needed."""
 
@@ -180,6 +180,17 @@ def require_sections(overrides: Sequence[str], allowed: Sequence[str], what: str
                 f"--set {override!r}: {what} heeds the sections {' and '.join(allowed)} only; the others belong to the "
                 "training."
             )
+
+
+def require_keys(overrides: Sequence[str], allowed: Sequence[str], what: str) -> None:
+    """Refuse overrides of other settings than those that a command heeds.
+
+    Raises:
+        ConfigError: One is another setting.
+    """
+    for override in overrides:
+        if override.partition("=")[0].strip() not in allowed:
+            raise ConfigError(f"--set {override!r}: {what} heeds {' and '.join(allowed)} only.")
 
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:

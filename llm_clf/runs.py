@@ -2,23 +2,46 @@
 
 import hashlib
 import json
+import os
+import platform
+import resource
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm_clf.config import Settings, load_settings, settings_to_dict
-from llm_clf.errors import ArtifactError, LlmClfError
-from llm_clf.files import file_hash, partial_name, read_json, write_json, write_yaml
+from llm_clf.config import Settings, load_settings
+from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
+from llm_clf.files import file_hash, partial_name, read_json, require_free, write_json, write_yaml
 from llm_clf.prompting.tasks import Task, load_task
 
 FORMAT = 1
 ADAPTER, TASK, CONFIG, RUN, METRICS = "adapter", "task.yaml", "config.yaml", "run.json", "metrics.json"
 VALID_PREDICTIONS, LOG, CHECKPOINTS = "predictions-valid.parquet", "log", "checkpoints"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LORA, TFIDF = "lora", "tfidf"
 PACKAGES = ("llm-clf", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of run: how its folder differs from that of another kind."""
+
+    command: str
+    """What makes it."""
+    learned: str
+    """The file in the run folder that holds what was learned."""
+    entries: tuple[str, ...]
+    """Entries that run.json must have; the last one tells the hash of that file."""
+
+
+KINDS = {
+    LORA: Kind("finetune", f"{ADAPTER}/{ADAPTER_WEIGHTS}", ("base", "adapter")),
+    TFIDF: Kind("baseline tfidf", "model.skops", ("model",)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +55,16 @@ class Run:
     """The content of run.json."""
 
     @property
+    def kind(self) -> str:
+        """Return the kind of the run, a key of KINDS."""
+        return str(self.facts.get("kind", LORA))
+
+    @property
+    def learned(self) -> Path:
+        """Return the file that holds what was learned."""
+        return self.folder / KINDS[self.kind].learned
+
+    @property
     def adapter(self) -> Path:
         """Return the folder of the PEFT adapter."""
         return self.folder / ADAPTER
@@ -42,10 +75,44 @@ def is_run(folder: Path) -> bool:
     return (folder / RUN).is_file()
 
 
-def save_inputs(folder: Path, task: Task, settings: Settings) -> None:
+def require_run_place(place: Path, *, overwrite: bool) -> None:
+    """Refuse a place that no run can take: one that is taken, or holds something else than a run.
+
+    Raises:
+        ConfigError: `place` exists and `overwrite` is false, or what is there is no run.
+    """
+    require_free(place, overwrite=overwrite, what="something")
+    if place.exists() and not is_run(place) and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{place}: is no run, so --overwrite leaves it alone. Give another --out.")
+
+
+def is_finished(place: Path, kind: str) -> bool:
+    """Whether a run of this kind is there already, so that `--resume` has nothing to do.
+
+    Raises:
+        ConfigError: There is a run of another kind.
+    """
+    if not is_run(place):
+        return False
+    facts = read_json(place / RUN)
+    found = facts.get("kind", LORA) if isinstance(facts, dict) else None
+    if found != kind:
+        raise ConfigError(
+            f"{place}: is a run of kind {found}, and this command makes one of kind {kind}. Give another --out, or "
+            "--overwrite without --resume."
+        )
+    return True
+
+
+def run_metrics(folder: Path) -> dict[str, Any]:
+    """Return the validation metrics of a run, nothing where it was not measured."""
+    return dict(read_json(folder / METRICS)) if (folder / METRICS).is_file() else {}
+
+
+def save_inputs(folder: Path, task: Task, settings: dict[str, Any]) -> None:
     """Write the task and the resolved settings of a run."""
     task.save(folder / TASK)
-    write_yaml(folder / CONFIG, settings_to_dict(settings))
+    write_yaml(folder / CONFIG, settings)
 
 
 def save_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -68,13 +135,18 @@ def load_run(folder: Path) -> Run:
         raise ArtifactError(
             f"{folder}: was written by a newer llm-clf (format {facts['format']}, this one reads {FORMAT}). Upgrade."
         )
-    if not all(isinstance(facts.get(key), dict) for key in ("base", "adapter")):
+    name = facts.get("kind", LORA)
+    if not isinstance(name, str) or name not in KINDS:
+        raise ArtifactError(f"{folder}: is a run of kind {name!r}; this llm-clf knows {', '.join(KINDS)}. Upgrade.")
+    kind = KINDS[name]
+    if not all(isinstance(facts.get(entry), dict) for entry in kind.entries):
         raise ArtifactError(
-            f"{folder / RUN}: does not tell base and adapter, so finetune did not write it. Train again."
+            f"{folder / RUN}: does not tell {' and '.join(kind.entries)}, so {kind.command} did not write it. Train "
+            "again."
         )
-    for name in (TASK, CONFIG, f"{ADAPTER}/{ADAPTER_WEIGHTS}"):
-        if not (folder / name).exists():
-            raise ArtifactError(f"{folder}: {name} is missing from the run. Copy the whole folder, or train again.")
+    for file in (TASK, CONFIG, kind.learned):
+        if not (folder / file).exists():
+            raise ArtifactError(f"{folder}: {file} is missing from the run. Copy the whole folder, or train again.")
     try:
         run = Run(folder, load_task(folder / TASK), load_settings([folder / CONFIG]), facts)
     except LlmClfError as error:
@@ -90,7 +162,7 @@ def task_facts(task: Task) -> dict[str, Any]:
 
 
 def _require_unchanged(run: Run) -> None:
-    """Refuse a run whose task or adapter is not the one that was trained."""
+    """Refuse a run whose task, or what was learned, is not the one of the training."""
     trained, now = run.facts.get("task"), task_facts(run.task)
     # Runs of version 0.1 say nothing of their task.
     if isinstance(trained, dict) and trained != now:
@@ -103,11 +175,11 @@ def _require_unchanged(run: Run) -> None:
             f"{run.folder / TASK}: is not the task that the run was trained on: {found}. Put the former file back, or "
             "train again."
         )
-    weights = run.adapter / ADAPTER_WEIGHTS
-    if file_hash(weights) != run.facts["adapter"].get("hash"):
+    if file_hash(run.learned) != run.facts[KINDS[run.kind].entries[-1]].get("hash"):
+        own = "; an adapter of your own is used with --task and --model, as a folder without run.json"
         raise ArtifactError(
-            f"{weights}: has changed since the training that run.json tells of. Copy the whole run again, or train "
-            "again; an adapter of your own is used with --task and --model, as a folder without run.json."
+            f"{run.learned}: has changed since the training that run.json tells of. Copy the whole run again, or train "
+            f"again{own if run.kind == LORA else ''}."
         )
 
 
@@ -116,7 +188,7 @@ def _why_no_run(folder: Path) -> str:
         if partial_name(folder).is_dir():
             return "the run is not finished. `llm-clf finetune … --resume` goes on with it."
         return "there is no such folder."
-    return "has no run.json, so it is no run. Give a folder that `llm-clf finetune` finished."
+    return "has no run.json, so it is no run. Give a folder that `llm-clf finetune` or `llm-clf baseline` finished."
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
@@ -142,3 +214,18 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None
+
+
+def cpu_hardware() -> dict[str, Any]:
+    """Return what a run folder records of the machine where only the CPU was used."""
+    return {
+        "device": f"{platform.machine()} CPU",
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": os.cpu_count(),
+    }
+
+
+def resident_peak() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

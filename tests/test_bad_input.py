@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import skops.io
 import torch
 import yaml
 from conftest import ROWS, SHORT_TASK, byte_tokenizer, tiny_model
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import llm_clf
 from llm_clf import cli
-from llm_clf.files import partial_name
+from llm_clf.files import file_hash, partial_name
 
 FAST = ["train.epochs=1", "train.batch_size=8", "data.max_length=96", "model.dtype=fp32", "lora.dropout=0"]
 SETTINGS = [word for setting in FAST for word in ("--set", setting)]
@@ -98,6 +99,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     with contextlib.chdir(folder):
         llm_clf.build_prompts(["many.csv"], task="task.yaml", out="prompts", split="0.5,0.25,0.25")
         llm_clf.finetune("prompts", out="run", model="base", set=FAST)
+        llm_clf.baseline_tfidf("prompts", out="tfidf")
         llm_clf.predict("run", ["rows.csv"], out="predictions.csv")
     shutil.copytree(folder / "run" / "adapter", folder / "adapter")
     return folder
@@ -961,6 +963,167 @@ def _(place: Place) -> tuple[object, ...]:
     return bare(place)
 
 
+# --- baseline tfidf, and its runs -------------------------------------------------------------------------------------
+
+
+def baseline(place: Place, *words: object) -> tuple[object, ...]:
+    return ("baseline", "tfidf", "prompts", "--out", "new", *words)
+
+
+def tfidf(place: Place, *words: object) -> tuple[object, ...]:
+    return ("predict", "tfidf", *(words or ("rows.csv",)), "--out", "new.csv")
+
+
+def vouched_model(place: Place, content: bytes) -> None:
+    """Put another model into the run, with its hash in run.json."""
+    model = place.write("tfidf/model.skops", content)
+    facts = json.loads(place.path("tfidf/run.json").read_text())
+    place.edit_json("tfidf/run.json", model=facts["model"] | {"hash": file_hash(model)})
+
+
+@kind("a setting that a baseline does not heed", "--set 'lora.r=3'", "heeds train.seed only")
+def _(place: Place) -> tuple[object, ...]:
+    return baseline(place, "--set", "lora.r=3")
+
+
+@kind("a setting that a baseline does not know", "--set 'seed=3'", "heeds train.seed only")
+def _(place: Place) -> tuple[object, ...]:
+    return baseline(place, "--set", "seed=3")
+
+
+@kind("a baseline's seed that is none", "train.seed: found 'often'")
+def _(place: Place) -> tuple[object, ...]:
+    return baseline(place, "--set", "train.seed=often")
+
+
+@kind("a baseline on prompts that are absent", "nowhere: has no task.yaml", "build-prompts")
+def _(place: Place) -> tuple[object, ...]:
+    return ("baseline", "tfidf", "nowhere", "--out", "new")
+
+
+@kind("a baseline on one label", "prompts/train.jsonl: found 6 labelled rows with 1 labels", "at least two")
+def _(place: Place) -> tuple[object, ...]:
+    lines = place.path("prompts/train.jsonl").read_text().splitlines(keepends=True)
+    place.write("prompts/train.jsonl", "".join(line for line in lines if json.loads(line)["output"] == "1"))
+    return baseline(place)
+
+
+@kind("a baseline on empty texts", "all 12 labelled rows have the text ':'", "title, abstract")
+def _(place: Place) -> tuple[object, ...]:
+    rows = [json.loads(line) | {"input": ":"} for line in place.path("prompts/train.jsonl").read_text().splitlines()]
+    place.write("prompts/train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return baseline(place)
+
+
+@kind("a baseline onto a run", "run: something is already there", "--overwrite")
+def _(place: Place) -> tuple[object, ...]:
+    return ("baseline", "tfidf", "prompts", "--out", "run")
+
+
+@kind("a baseline to resume onto another kind of run", "run: is a run of kind lora", "one of kind tfidf", "--out")
+def _(place: Place) -> tuple[object, ...]:
+    return ("baseline", "tfidf", "prompts", "--out", "run", "--resume")
+
+
+@kind("a baseline onto prompts", "prompts: is no run, so --overwrite leaves it alone")
+def _(place: Place) -> tuple[object, ...]:
+    return ("baseline", "tfidf", "prompts", "--out", "prompts", "--overwrite")
+
+
+@kind("a baseline inside its prompts", "--out prompts/run: lies in the input prompts")
+def _(place: Place) -> tuple[object, ...]:
+    return ("baseline", "tfidf", "prompts", "--out", "prompts/run")
+
+
+@kind("what an interrupted training left where a baseline goes", "new.partial", "--overwrite starts anew")
+def _(place: Place) -> tuple[object, ...]:
+    place.write("new.partial/checkpoints/last/progress.json", "{}")
+    return baseline(place, "--resume")
+
+
+@kind("a table without the columns of a baseline", "rows.csv:2: the task needs the columns 'abstract'", "'body'")
+def _(place: Place) -> tuple[object, ...]:
+    return tfidf(place, place.write("rows.csv", CSV.replace("abstract", "body", 1)))
+
+
+@kind("prompts of another task for a baseline", "other.jsonl:1: the instruction is 'Which?'", "build the prompts again")
+def _(place: Place) -> tuple[object, ...]:
+    row = {"id": "a", "instruction": "Which?", "input": "body: text", "output": "1"}
+    return tfidf(place, place.write("other.jsonl", json.dumps(row) + "\n"))
+
+
+@kind("a base for a baseline", "tfidf: is a run of kind tfidf, which has no base", "leave out --model and --set")
+def _(place: Place) -> tuple[object, ...]:
+    return (*tfidf(place), "--model", "base")
+
+
+@kind("settings for a baseline's prediction", "tfidf: is a run of kind tfidf", "leave out --model and --set")
+def _(place: Place) -> tuple[object, ...]:
+    return (*tfidf(place), "--set", "predict.batch_tokens=64")
+
+
+@kind("a task for a baseline", "tfidf: is a run and has its own task")
+def _(place: Place) -> tuple[object, ...]:
+    return (*tfidf(place), "--task", "task.yaml")
+
+
+@kind("answers of a baseline", "--decode generate: tfidf is no language model", "leave it out")
+def _(place: Place) -> tuple[object, ...]:
+    return (*tfidf(place), "--decode", "generate")
+
+
+@kind("chat with a baseline", "tfidf: is no language model", "llm-clf predict tfidf ROWS --out FILE")
+def _(place: Place) -> tuple[object, ...]:
+    return ("chat", "tfidf", "--once", "text")
+
+
+@kind("a baseline to merge", "tfidf: is a run of kind tfidf", "finetune")
+def _(place: Place) -> tuple[object, ...]:
+    return ("merge", "tfidf", "--out", "new")
+
+
+@kind("a run of a kind that there is not", "run of kind 'crystal ball'", "lora, tfidf", "Upgrade")
+def _(place: Place) -> tuple[object, ...]:
+    place.edit_json("tfidf/run.json", kind="crystal ball")
+    return tfidf(place)
+
+
+@kind("a run of another kind than it says", "run.json: does not tell base and adapter")
+def _(place: Place) -> tuple[object, ...]:
+    place.edit_json("tfidf/run.json", kind="lora")
+    return tfidf(place)
+
+
+@kind("a baseline without its model", "tfidf: model.skops is missing")
+def _(place: Place) -> tuple[object, ...]:
+    place.path("tfidf/model.skops").unlink()
+    return tfidf(place)
+
+
+@kind("a baseline whose model is cut short", "model.skops: has changed since the training", "train again")
+def _(place: Place) -> tuple[object, ...]:
+    place.write("tfidf/model.skops", place.path("tfidf/model.skops").read_bytes()[:-100])
+    return tfidf(place)
+
+
+@kind("a baseline whose damaged model is vouched for", "model.skops: is damaged", "Copy it again")
+def _(place: Place) -> tuple[object, ...]:
+    vouched_model(place, place.path("tfidf/model.skops").read_bytes()[:-100])
+    return tfidf(place)
+
+
+@kind("a baseline with foreign types in its model", "model.skops", "it is not loaded", "test_bad_input.Place")
+def _(place: Place) -> tuple[object, ...]:
+    vouched_model(place, skops.io.dumps({"pipeline": Place(Path("a"), None, None), "n_grams": {}}))  # type: ignore[arg-type]
+    return tfidf(place)
+
+
+@kind("a baseline with a task of another instruction", "task.yaml: is not the task", "former file back")
+def _(place: Place) -> tuple[object, ...]:
+    place.write("tfidf/task.yaml", SHORT_TASK.replace("Medical?", "Is it?"))
+    return tfidf(place)
+
+
 # --- predict: arguments and places ------------------------------------------------------------------------------------
 
 
@@ -977,6 +1140,26 @@ def _(place: Place) -> tuple[object, ...]:
 @kind("a column twice", "--columns: names 'id' more than once")
 def _(place: Place) -> tuple[object, ...]:
     return (*place.predict(), "--columns", "id,label,id")
+
+
+@kind("a column to fill that is not written", "--fill Keywords: is not among the columns", "--columns")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,label", "--fill", "Keywords=tmp")
+
+
+@kind("a column of predictions to fill", "--fill label: is a column of predictions")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,label", "--fill", "label=1")
+
+
+@kind("a column to fill without a value", "--fill 'Keywords'", "NAME=VALUE")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,Keywords", "--fill", "Keywords")
+
+
+@kind("a column to fill twice", "--fill: names 'Keywords' more than once")
+def _(place: Place) -> tuple[object, ...]:
+    return (*place.predict(), "--columns", "uuid,Keywords", "--fill", "Keywords=a", "--fill", "Keywords=b")
 
 
 @kind("predictions of another ending", "--out new.xlsx", "'.xlsx'", ".csv, .jsonl, .parquet")

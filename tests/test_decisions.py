@@ -20,8 +20,8 @@ from llm_clf.decisions.predictions import (
     read_predictions,
     write_predictions,
 )
-from llm_clf.engine.classifier import Scored
 from llm_clf.engine.journal import Journal
+from llm_clf.engine.scores import Scored
 from llm_clf.errors import ArtifactError, ConfigError, DataError
 from llm_clf.prompting.rows import read_rows
 
@@ -244,6 +244,29 @@ def test_an_unknown_column_is_refused_with_those_that_are_there(wanted: list[str
 def test_a_column_that_is_wanted_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="'id'"):
         choose_columns(["id", "label", "id"], OWN, ["uuid"])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_fill_stands_where_a_row_has_nothing_and_what_it_has_is_kept(tmp_path: Path, suffix: str) -> None:
+    columns = choose_columns(["uuid", "Keywords", "label"], OWN, ["uuid"], {"Keywords": "tmp"})
+    rows = [{"uuid": "1"}, {"uuid": "2", "Keywords": ""}, {"uuid": "3", "Keywords": "steel"}]
+    predictions = [a_prediction(row["uuid"], cells=row) for row in rows]
+    file = tmp_path / f"p{suffix}"
+    write_predictions(file, iter(predictions), labels=LABELS, columns=columns, fill={"Keywords": "tmp"})
+    written = [list(row.cells.items()) for row in read_rows([file])]
+    assert written == [
+        [("uuid", number), ("Keywords", word), ("label", "1")]
+        for number, word in (("1", "tmp"), ("2", "tmp"), ("3", "steel"))
+    ]
+
+
+def test_a_fill_of_a_column_that_is_not_written_or_is_a_predictions_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--fill Keywords: is not among the columns"):
+        choose_columns(["uuid", "label"], OWN, ["uuid"], {"Keywords": "tmp"})
+    with pytest.raises(ConfigError, match=r"--fill Keywords: is not among the columns"):
+        choose_columns(None, OWN, ["uuid"], {"Keywords": "tmp"})
+    with pytest.raises(ConfigError, match=r"--fill label: is a column of predictions"):
+        choose_columns(["uuid", "label"], OWN, ["uuid"], {"label": "1"})
 
 
 def test_a_column_of_the_rows_is_text_even_if_its_name_starts_like_a_probability(tmp_path: Path) -> None:

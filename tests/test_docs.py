@@ -36,7 +36,8 @@ def test_the_docs_show_commands() -> None:
 
 @pytest.mark.parametrize(("page", "words"), shell_commands(), ids=lambda value: " ".join(value)[:60])
 def test_commands_in_the_docs_exist_with_their_options(page: str, words: list[str]) -> None:
-    shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    name = words[:2] if words[0] == "baseline" else words[:1]
+    shown = CliRunner().invoke(app, [*name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert shown.exit_code == 0, page
     for word in words[1:]:
         if word.startswith("--"):
@@ -49,7 +50,9 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("command", ["build-prompts", "finetune", "predict", "evaluate", "chat", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["build-prompts", "finetune", "predict", "evaluate", "chat", "doctor", "baseline tfidf"]
+)
 def test_help_of_every_command_has_an_example(command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
     assert f"llm-clf {command} " in shown.output

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 import llm_clf
-from llm_clf.commands import predict as predicting
+from llm_clf.commands import validation
 from llm_clf.config import LoraSettings, SpeedSettings, load_settings
 from llm_clf.engine import classifier, fitting, scoring, training
 from llm_clf.engine.fitting import TokenBudget, Work
@@ -385,13 +385,13 @@ def test_a_training_killed_after_a_validation_ran_out_goes_on_with_what_fits(
 def test_a_validation_that_runs_out_only_at_the_end_is_scored_anew(
     prompts: Path, base: Path, tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = predicting.predict_prompts
+    original = validation.predict_prompts
 
     def short(*arguments: Any, **options: Any) -> Any:
         card.room = 150
         return original(*arguments, **options)
 
-    monkeypatch.setattr(predicting, "predict_prompts", short)
+    monkeypatch.setattr(validation, "predict_prompts", short)
     finetune(prompts, base, tmp_path / "run", *SHORT)
     assert settings_of(tmp_path / "run").predict.batch_tokens == 100
     card.room = None

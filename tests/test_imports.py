@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "llm_clf"
-ROOMS = ("prompting", "models", "engine", "decisions", "evaluation", "conversation", "commands", "cli")
+ROOMS = (
+    "prompting",
+    "models",
+    "engine",
+    "decisions",
+    "evaluation",
+    "baselines",
+    "sources",
+    "conversation",
+    "commands",
+    "cli",
+)
 SHARED = ("config", "errors", "files", "console", "runs")
 FOR_PROMPTING = ("config", "errors", "files", "console")
 BETWEEN_SHARED = {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_clf.commands.predict import find_source
 from llm_clf.config import Settings, load_settings, require_sections
 from llm_clf.console import say
 from llm_clf.conversation import Conversation, Write, converse
@@ -17,6 +16,7 @@ from llm_clf.errors import ConfigError, DataError
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task, load_task
 from llm_clf.runs import Run, is_run
+from llm_clf.sources import LoraSource, find_source
 
 MAX_NEW_TOKENS = 512
 
@@ -146,6 +146,11 @@ def _find(source: str | Path | None, model: str | None, task: str | Path | None,
     folder = Path(source) if source is not None else None
     if folder is not None and (is_run(folder) or not (folder / "adapter_config.json").is_file() or task is not None):
         found = find_source(folder, task, model, overrides)
+        if not isinstance(found, LoraSource):
+            raise ConfigError(
+                f"{folder}: is no language model, so there is nobody to talk to. Its labels come from `llm-clf predict "
+                f"{folder} ROWS --out FILE`; for a row at hand ROWS and FILE can be -, standard input and output."
+            )
         return _Found(found.adapter, found.task, found.settings, found.run)
     if folder is not None and model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell its base: --model BASE.")

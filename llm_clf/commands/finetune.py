@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from typing import Any
 from llm_clf.commands.validation import score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
 from llm_clf.console import say
-from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
+from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
 from llm_clf.files import (
     file_hash,
@@ -23,21 +22,23 @@ from llm_clf.files import (
     read_json,
     replace_folder,
     require_apart,
-    require_free,
     write_json,
     writing,
 )
-from llm_clf.prompting.prompts import SPLITS, Prompt, read_split
-from llm_clf.prompting.tasks import Task, load_task
+from llm_clf.prompting.tasks import Task
+from llm_clf.prompting.training_data import TrainingData, read_training_data
 from llm_clf.runs import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
     LOG,
-    METRICS,
+    LORA,
     commit,
+    is_finished,
     is_run,
     package_versions,
+    require_run_place,
+    run_metrics,
     save_facts,
     save_inputs,
     task_facts,
@@ -45,24 +46,6 @@ from llm_clf.runs import (
 
 INPUTS = "inputs.json"
 CHECKPOINTED = ("", ", activations computed again in the backward")
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """What is trained and validated on."""
-
-    task: Task
-    train: list[Prompt]
-    """Labelled rows only."""
-    valid: list[Prompt]
-    unlabelled: int
-    """Training rows left out because they have no label."""
-    hashes: dict[str, str]
-    """Of the prompts files, by split."""
-
-    @property
-    def validates(self) -> bool:
-        return any(prompt.label is not None for prompt in self.valid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +85,14 @@ def finetune(
         LlmClfError: Settings, prompts or base are wrong, or the loss is not a number.
     """
     place = path_of(out)
-    if resume and is_run(place):
+    if resume and is_finished(place, LORA):
         say(f"{place} is finished; nothing to do.")
-        return _metrics(place)
-    _check_place(place, overwrite=overwrite)
+        return run_metrics(place)
+    require_run_place(place, overwrite=overwrite)
     settings = resolve_settings(model, config, set)
     base, folder = path_of(settings.model.name), path_of(data)
     require_apart(place, [folder, *([base] if base.is_dir() else [])])
-    prompts = _read_data(folder)
+    prompts = read_training_data(folder)
     _check_settings(settings, prompts)
     with locked(place):
         unfinished = partial_name(place)
@@ -149,30 +132,7 @@ def shipped_recipe() -> Path:
     return next(place for place in places if place.is_dir()) / f"{DEFAULT_BASE}.yaml"
 
 
-def _check_place(place: Path, *, overwrite: bool) -> None:
-    require_free(place, overwrite=overwrite, what="something")
-    if place.exists() and not is_run(place) and (not place.is_dir() or any(place.iterdir())):
-        raise ConfigError(f"{place}: is no run, so --overwrite leaves it alone. Give another --out.")
-
-
-def _read_data(folder: Path) -> _Data:
-    if not (folder / "task.yaml").is_file():
-        raise DataError(f"{folder}: has no task.yaml. Give a folder that `llm-clf build-prompts` made.")
-    task = load_task(folder / "task.yaml")
-    rows = read_split(folder, "train", task)
-    train = [row for row in rows if row.label is not None]
-    found = Counter(row.label for row in train)
-    if len(found) < 2:
-        raise DataError(
-            f"{folder / 'train.jsonl'}: found {len(train)} labelled rows with {len(found)} labels; training needs rows "
-            "of at least two. Give more rows, or a larger share for training (--split)."
-        )
-    valid = read_split(folder, "valid", task)
-    hashes = {split: file_hash(folder / f"{split}.jsonl") for split in SPLITS[:2]}
-    return _Data(task, train, valid, len(rows) - len(train), hashes)
-
-
-def _check_settings(settings: Settings, data: _Data) -> None:
+def _check_settings(settings: Settings, data: TrainingData) -> None:
     """Refuse settings that do not fit the task, before any model is loaded."""
     if settings.data.cut is not None and settings.data.cut not in data.task.columns:
         raise ConfigError(
@@ -192,7 +152,7 @@ def _check_settings(settings: Settings, data: _Data) -> None:
             )
 
 
-def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -> None:
+def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: bool) -> None:
     """Fill the unfinished run folder; its run.json comes last."""
     from llm_clf.models.adapters import require_mergeable
     from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
@@ -213,10 +173,10 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     rows = _tokenize(empty, data, settings)
     if _claim(folder, settings, data, base, resume=resume):
         # Whether to merge is decided at the end, by what was asked for; a kill after that may have left an answer here.
-        settings = load_settings([folder / CONFIG]).model_copy(update={"predict": settings.predict})
+        settings = _as_found(settings, folder)
     else:
         settings = _cut_to_memory(settings, empty, rows, device)
-        save_inputs(folder, data.task, settings)
+        save_inputs(folder, data.task, settings_to_dict(settings))
     say(
         f"Base {settings.model.name} in {mode_of(settings.model)} on {describe(device)}; micro-batches of "
         f"{settings.train.micro_batch_tokens:,} tokens{CHECKPOINTED[bool(settings.train.gradient_checkpointing)]}."
@@ -226,9 +186,9 @@ def _train_run(settings: Settings, data: _Data, folder: Path, *, resume: bool) -
     settings = _as_found(settings, folder)
     choice, fits = score_validation(settings, data.task, data.valid, folder)
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
-    save_inputs(folder, data.task, settings.merging(choice.merged))
+    save_inputs(folder, data.task, settings_to_dict(settings.merging(choice.merged)))
     facts = {
-        "kind": "lora",
+        "kind": LORA,
         "name": folder.name.removesuffix(".partial"),
         "base": base,
         "task": task_facts(data.task),
@@ -251,11 +211,7 @@ def _finish(unfinished: Path, place: Path) -> dict[str, Any]:
     shutil.rmtree(unfinished / CHECKPOINTS, ignore_errors=True)
     (unfinished / INPUTS).unlink(missing_ok=True)
     replace_folder(unfinished, place)
-    return _metrics(place)
-
-
-def _metrics(run: Path) -> dict[str, Any]:
-    return dict(read_json(run / METRICS)) if (run / METRICS).is_file() else {}
+    return run_metrics(place)
 
 
 def _drop_fruitless(unfinished: Path) -> None:
@@ -290,7 +246,7 @@ def _record(folder: Path, task: Task, section: str, **found: int) -> None:
     """Put into the run's settings what was found while it runs: --resume goes on with it, and predict takes it."""
     settings = load_settings([folder / CONFIG])
     changed = getattr(settings, section).model_copy(update=found)
-    save_inputs(folder, task, settings.model_copy(update={section: changed}))
+    save_inputs(folder, task, settings_to_dict(settings.model_copy(update={section: changed})))
 
 
 def _as_found(settings: Settings, folder: Path) -> Settings:
@@ -300,7 +256,7 @@ def _as_found(settings: Settings, folder: Path) -> Settings:
     return settings.model_copy(update={"train": found.train, "predict": predict})
 
 
-def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
+def _fit(settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     """Train and save the adapter; return what run.json says of it."""
     from llm_clf.engine.fitting import memory_explained
 
@@ -308,7 +264,7 @@ def _fit(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows
         return _fit_in_memory(settings, data, folder, device, rows)
 
 
-def _fit_in_memory(settings: Settings, data: _Data, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
+def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
     from llm_clf.engine.classifier import Classifier
     from llm_clf.engine.training import train
     from llm_clf.models.adapters import new_adapter, save_adapter, trainable
@@ -359,7 +315,7 @@ def _fit_in_memory(settings: Settings, data: _Data, folder: Path, device: Any, r
     }
 
 
-def _tokenize(base: Any, data: _Data, settings: Settings) -> _Rows:
+def _tokenize(base: Any, data: TrainingData, settings: Settings) -> _Rows:
     """Return the training rows as tokens with their answers."""
     from llm_clf.engine.classifier import prompt_tokenizer
     from llm_clf.engine.training import TrainingExample, row_weights
@@ -377,7 +333,7 @@ def _tokenize(base: Any, data: _Data, settings: Settings) -> _Rows:
     return _Rows(tokenizer, tokens, examples, sum(example.cut for example in encoded))
 
 
-def _claim(folder: Path, settings: Settings, data: _Data, base: dict[str, Any], *, resume: bool) -> bool:
+def _claim(folder: Path, settings: Settings, data: TrainingData, base: dict[str, Any], *, resume: bool) -> bool:
     """Make the unfinished run folder, or check that the one there belongs to the same training; return whether it does.
 
     Raises:
@@ -424,7 +380,7 @@ def _accelerator(settings: Settings, device: Any, folder: Path) -> Any:
     return accelerator
 
 
-def _measure(classifier: Any, data: _Data, folder: Path) -> dict[str, float]:
+def _measure(classifier: Any, data: TrainingData, folder: Path) -> dict[str, float]:
     """Return the validation metrics of the model as it is now, by the path that predict takes."""
     from llm_clf.decisions.decide import decide, probabilities
 

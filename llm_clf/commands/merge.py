@@ -28,7 +28,8 @@ from llm_clf.files import (
     writing,
 )
 from llm_clf.prompting.prompts import Prompt, read_split
-from llm_clf.runs import CONFIG, TASK, VALID_PREDICTIONS, Run, commit, load_run, package_versions, task_facts
+from llm_clf.runs import CONFIG, LORA, TASK, VALID_PREDICTIONS, Run, commit, load_run, package_versions, task_facts
+from llm_clf.sources import LoraSource
 
 FORMAT = 1
 MERGE = "merge.json"
@@ -95,9 +96,13 @@ def _find_run(folder: Path, model: str | None) -> Run:
 
     Raises:
         ArtifactError: It is no run.
-        ConfigError: It was trained on a quantised base, and no other is given.
+        ConfigError: It has no adapter, or was trained on a quantised base and no other is given.
     """
     run = load_run(folder)
+    if run.kind != LORA:
+        raise ConfigError(
+            f"{folder}: is a run of kind {run.kind}, with neither adapter nor base. Give one that finetune made."
+        )
     changes = [f"model.name={json.dumps(model)}"] if model is not None else []
     mode = run.settings.model.quantization
     if mode != "none":
@@ -245,12 +250,12 @@ def _sums(model: Any) -> dict[str, tuple[Any, ...]]:
 
 def _measure(run: Run, valid: list[Prompt], settings: Settings, folder: Path) -> dict[str, Any]:
     """Score the validation rows with the merged model; return its metrics, the run's, and what changed."""
-    from llm_clf.commands.predict import Source, predict_prompts
+    from llm_clf.commands.predict import predict_prompts
 
     if not valid:
         say("The run has no validation rows: nothing is measured.")
         return {"metrics": None, "changes": None}
-    predict_prompts(Source(None, run.task, settings, None), valid, folder / VALID_PREDICTIONS)
+    predict_prompts(LoraSource(None, run.task, settings, None), valid, folder / VALID_PREDICTIONS)
     before, after = (read_predictions(place / VALID_PREDICTIONS) for place in (run.folder, folder))
     if before.ids != after.ids or before.labels != after.labels or before.probs is None or after.probs is None:
         raise ArtifactError(

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
+from llm_clf.config import load_settings
 from llm_clf.console import progress, say
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.decisions.parsing import AnswerParser
@@ -23,26 +23,17 @@ from llm_clf.decisions.predictions import (
     prediction_columns,
     write_predictions,
 )
+from llm_clf.engine.journal import Journal
+from llm_clf.engine.scores import Scored, Scorer
 from llm_clf.errors import ConfigError, DataError
-from llm_clf.files import file_hash, locked, partial_name, path_of, require_apart, require_free
+from llm_clf.files import locked, partial_name, path_of, require_apart, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
-from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import CONFIG, Run, is_run, load_run
+from llm_clf.prompting.tasks import Task
+from llm_clf.runs import CONFIG, Run
+from llm_clf.sources import LoraSource, Source, find_source
 
 Decode = Literal["score", "generate"]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where labels come from: an adapter, the task it answers and the settings it is read with."""
-
-    adapter: Path | None
-    """None: the base alone answers."""
-    task: Task
-    settings: Settings
-    run: Run | None
-    """None where there is only an adapter, or a base. Its settings are those above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +52,7 @@ def predict(
     out: str | Path,
     decode: Decode = "score",
     columns: str | Sequence[str] | None = None,
+    fill: Mapping[str, str] | None = None,
     task: str | Path | None = None,
     model: str | None = None,
     set: Sequence[str] = (),
@@ -80,6 +72,8 @@ def predict(
         decode: `score` gives every row the most probable label; `generate` lets the model write its answer and reads
             the label from it, or finds none (`unparsed`).
         columns: What to write, of the predictions' and the rows' columns; None: all of the predictions'.
+        fill: Texts by the names of wanted columns, for rows that have nothing there: where the rows lack the column, or
+            the cell is empty. What a row has of its own is kept.
         task: For a bare adapter: the task.
         model: For a bare adapter: the base. For a run: where its base is now, if it was moved.
         set: Settings of the sections model, predict and speed, such as `model.quantization=4bit`.
@@ -108,12 +102,14 @@ def predict(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
         source = find_source(path_of(run), task, model, set)
-        if source.run is not None:
+        if decode == "generate" and not source.generates:
+            raise ConfigError(f"--decode generate: {run} is no language model and writes no answers; leave it out.")
+        if isinstance(source, LoraSource) and source.run is not None:
             _say_merged_otherwise(source.run)
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(
-                source, prompts, place, decode=decode, columns=columns, journal=unfinished, resume=resume
+                source, prompts, place, decode=decode, columns=columns, fill=fill, journal=unfinished, resume=resume
             )
 
 
@@ -134,41 +130,6 @@ def _unfinished(place: Path, inputs: Sequence[str | Path], *, resume: bool, over
     return partial_name(place)
 
 
-def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> Source:
-    """Return what to predict with: a run, or a bare adapter with the task and the base given.
-
-    Raises:
-        ArtifactError: The folder is neither.
-        ConfigError: A bare adapter lacks a task or a base, a run is given another one, or an override does not fit.
-    """
-    require_sections(overrides, ("model", "predict", "speed"), "a prediction")
-    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
-    if is_run(folder) or not (folder / "adapter_config.json").is_file():
-        run = load_run(folder)
-        if task is not None:
-            raise ConfigError(f"{folder}: is a run and has its own task; leave out --task.")
-        if changes:
-            run = replace(run, settings=_changed(run, changes))
-        return Source(run.adapter, run.task, run.settings, run)
-    if task is None or model is None:
-        raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
-    return Source(folder, load_task(task), load_settings(overrides=changes), None)
-
-
-def _changed(run: Run, changes: Sequence[str]) -> Settings:
-    """Return a run's settings with changes.
-
-    Where they leave `predict.merge` to the run, its adapter is merged as for its validation; not where the base is held
-    otherwise now, since what was found of one number type says nothing of another.
-    """
-    then = run.settings
-    settings = load_settings([run.folder / CONFIG], ["predict.merge=auto", *changes])
-    if settings.predict.merge != "auto":
-        return settings
-    held_so = settings.model == then.model.model_copy(update={"name": settings.model.name})
-    return settings.merging(then.predict.merge is True and held_so)
-
-
 def _say_merged_otherwise(run: Run) -> None:
     """Say so where the adapter is merged and was not for the run's validation, or the other way round."""
     then = load_settings([run.folder / CONFIG]).predict.merge is True
@@ -185,9 +146,10 @@ def predict_prompts(
     *,
     decode: Decode = "score",
     columns: Sequence[str] | None = None,
+    fill: Mapping[str, str] | None = None,
     journal: Path | None = None,
     resume: bool = False,
-    classifier: Any = None,
+    scorer: Scorer | None = None,
 ) -> dict[str, Any]:
     """Score prompts into `journal`, and write `out` from it when all are there.
 
@@ -197,31 +159,25 @@ def predict_prompts(
         out: The predictions file.
         decode: Whether the label is the most probable one, or what a generated answer means.
         columns: What to write; None: all columns of predictions.
+        fill: What rows have in a wanted column in place of nothing.
         journal: Where scores stand until all are there; None: in memory only.
         resume: Go on with the journal that is there.
-        classifier: A Classifier of the source; None: it is loaded when all rows have been read once.
+        scorer: The source loaded; None: it is when all rows have been read once.
     """
     survey = _survey(prompts)
     if survey.rows == 0:
         raise DataError("ROWS: there is no row below the names of the columns, so nothing to predict. Give some rows.")
     names = source.task.names
-    chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns)
+    chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns, fill or ())
 
-    from llm_clf.engine.classifier import Scored
-    from llm_clf.engine.fitting import memory_explained
-    from llm_clf.engine.journal import Journal
-    from llm_clf.models.bases import quiet_libraries
-
-    quiet_libraries()
     key = _job_key(source, survey.digest, decode)
     with Journal(journal, key=key, rows=survey.rows, labels=len(names), resume=resume) as scored:
         before, started = len(scored.finished), time.monotonic()
-        fits = source.settings.predict.batch_tokens
+        fits = source.batch_tokens
         if before:
             say(f"Going on: {before:,} of {survey.rows:,} rows are there.")
         if before < survey.rows:
-            with memory_explained():
-                classifier = classifier or _load(source, decode)
+            scorer = scorer or source.load(generate=decode == "generate")
             started = time.monotonic()
             with progress("predicting", survey.rows, "rows", done=before) as advance:
 
@@ -229,11 +185,10 @@ def predict_prompts(
                     scored.record(batch)
                     advance(len(batch.rows))
 
-                with memory_explained():
-                    fits = classifier.score(prompts, done, scored.finished, fits=scored.fits, found=scored.shrink)
+                fits = scorer.score(prompts, done, scored.finished, fits=scored.fits, found=scored.shrink)
         seconds = time.monotonic() - started
         predictions = _predictions(prompts, scored, source.task, decode)
-        write_predictions(out, predictions, labels=names, columns=chosen)
+        write_predictions(out, predictions, labels=names, columns=chosen, fill=fill)
         cut = int(scored.cut.sum())
         agreement = {"agreement": _agreement(scored, source.task)} if decode == "generate" else {}
     if journal is not None:
@@ -283,26 +238,7 @@ def _survey(prompts: Iterable[Prompt]) -> _Survey:
 
 def _job_key(source: Source, rows_digest: str, decode: Decode) -> str:
     """Return a hash of all that the scores depend on."""
-    from llm_clf.models.adapters import adapter_weights
-    from llm_clf.models.bases import base_identity
-
-    parts = [
-        rows_digest,
-        decode,
-        file_hash(adapter_weights(source.adapter)) if source.adapter is not None else None,
-        base_identity(source.settings.model.name)["hash"],
-        source.task.model_dump(mode="json"),
-        settings_to_dict(source.settings),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _load(source: Source, decode: Decode) -> Any:
-    from llm_clf.engine.classifier import Classifier, require_same_base
-
-    if source.run is not None:
-        require_same_base(source.run)
-    return Classifier.from_adapter(source.adapter, source.task, source.settings, generate=decode == "generate")
+    return hashlib.sha256(json.dumps([rows_digest, decode, *source.identity()]).encode()).hexdigest()
 
 
 def _predictions(prompts: Iterable[Prompt], scored: Any, task: Task, decode: Decode) -> Iterator[Prediction]:

@@ -1,4 +1,4 @@
-"""The validation rows of a run, scored with the saved adapter as predict will, and whether predict merges it."""
+"""The validation rows of a run, scored with the saved model as predict will, and whether predict merges an adapter."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_clf.commands.predict import Source, predict_prompts
+from llm_clf.commands.predict import predict_prompts
 from llm_clf.config import Settings
 from llm_clf.console import say
 from llm_clf.decisions.predictions import read_predictions
@@ -17,6 +17,7 @@ from llm_clf.files import write_json
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task
 from llm_clf.runs import ADAPTER, CHECKPOINTS, METRICS, VALID_PREDICTIONS
+from llm_clf.sources import LoraSource
 
 # A merged weight is rounded to the base's type. Where that moves no validation probability by more than this, it is
 # taken to change no decision that anybody relies on.
@@ -57,18 +58,23 @@ def score_validation(
     # The trained model is a knot of objects that point at each other; its memory is needed now.
     gc.collect()
     while True:
-        choice, fits = _score(Source(folder / ADAPTER, task, settings, None), prompts, folder)
+        choice, fits = _score(LoraSource(folder / ADAPTER, task, settings, None), prompts, folder)
         if fits == settings.predict.batch_tokens:
             break
         settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
-    table = read_predictions(folder / VALID_PREDICTIONS)
-    metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
-    write_json(folder / METRICS, metrics)
-    say("Validation rows, scored with the saved adapter:\n" + metrics_text(metrics))
+    measure_validation(folder)
     return choice, fits
 
 
-def _score(source: Source, prompts: Sequence[Prompt], folder: Path) -> tuple[MergeChoice, int]:
+def measure_validation(folder: Path) -> None:
+    """Write and print the metrics of the predictions that the unfinished run in this folder has."""
+    table = read_predictions(folder / VALID_PREDICTIONS)
+    metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
+    write_json(folder / METRICS, metrics)
+    say("Validation rows, scored with the saved model:\n" + metrics_text(metrics))
+
+
+def _score(source: LoraSource, prompts: Sequence[Prompt], folder: Path) -> tuple[MergeChoice, int]:
     """Write the predictions; where `predict.merge` is auto, of the way that predict will take.
 
     Returns:
@@ -82,11 +88,11 @@ def _score(source: Source, prompts: Sequence[Prompt], folder: Path) -> tuple[Mer
         fits = predict_prompts(source, prompts, kept)["batch_tokens"]
         return _without_comparison(settings, "the base is quantised"), fits
     classifier = Classifier.from_adapter(source.adapter, source.task, settings)
-    fits = predict_prompts(source, prompts, kept, classifier=classifier)["batch_tokens"]
+    fits = predict_prompts(source, prompts, kept, scorer=classifier)["batch_tokens"]
     # What is not kept goes with the checkpoints.
     other = folder / CHECKPOINTS / VALID_PREDICTIONS
     try:
-        fits = min(fits, predict_prompts(source, prompts, other, classifier=classifier.merged())["batch_tokens"])
+        fits = min(fits, predict_prompts(source, prompts, other, scorer=classifier.merged())["batch_tokens"])
         choice = _compare(kept, other)
     except ArtifactError as error:
         choice = MergeChoice(False, None, f"it cannot be merged: {str(error).removesuffix('.')}")

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -62,19 +62,28 @@ def check_format(file: Path) -> None:
         )
 
 
-def choose_columns(wanted: Sequence[str] | None, own: Sequence[str], row_columns: Sequence[str]) -> list[str]:
-    """Return the columns to write: those of a predictions file, or the wanted ones, which may be the input's too.
+def choose_columns(
+    wanted: Sequence[str] | None, own: Sequence[str], row_columns: Sequence[str], fill: Iterable[str] = ()
+) -> list[str]:
+    """Return the columns to write: those of a predictions file, or the wanted ones.
+
+    Args:
+        wanted: Names of columns of predictions, of the rows or of `fill`; None: those of a predictions file.
+        own: Columns of a predictions file.
+        row_columns: Columns of the rows.
+        fill: Columns that are filled where a row has nothing in them.
 
     Raises:
-        ConfigError: A wanted column is neither.
+        ConfigError: A wanted column is none of these, or one to be filled is not wanted or a prediction's.
     """
+    _check_fill(wanted, own, fill)
     if wanted is None:
         return list(own)
-    unknown = [name for name in wanted if name not in own and name not in row_columns]
+    unknown = [name for name in wanted if name not in own and name not in row_columns and name not in fill]
     if unknown or not wanted:
         raise ConfigError(
             f"--columns: there is no column {', '.join(map(repr, unknown)) or repr('')}; predictions have "
-            f"{', '.join(own)}, the rows have {shorten(row_columns)}."
+            f"{', '.join(own)}, the rows have {shorten(row_columns)}. --fill NAME=VALUE adds one."
         )
     repeated = sorted({name for name in wanted if wanted.count(name) > 1})
     if repeated:
@@ -82,11 +91,34 @@ def choose_columns(wanted: Sequence[str] | None, own: Sequence[str], row_columns
     return list(wanted)
 
 
+def _check_fill(wanted: Sequence[str] | None, own: Sequence[str], fill: Iterable[str]) -> None:
+    for name in fill:
+        if name in own:
+            raise ConfigError(
+                f"--fill {name}: is a column of predictions, and what they say is left alone. Leave it out."
+            )
+        if name not in (wanted or ()):
+            raise ConfigError(f"--fill {name}: is not among the columns to write. Name it in --columns too.")
+
+
 def write_predictions(
-    file: Path, predictions: Iterator[Prediction], *, labels: Sequence[str], columns: Sequence[str]
+    file: Path,
+    predictions: Iterator[Prediction],
+    *,
+    labels: Sequence[str],
+    columns: Sequence[str],
+    fill: Mapping[str, str] | None = None,
 ) -> None:
-    """Write predictions one after the other; the file takes its name when it is complete. `-` writes JSONL."""
-    records = (_record(prediction, labels, columns) for prediction in predictions)
+    """Write predictions one after the other; the file takes its name when it is complete. `-` writes JSONL.
+
+    Args:
+        file: Its ending tells the format.
+        predictions: In the order of the rows.
+        labels: In the task's order.
+        columns: What to write, of the predictions' and the rows' columns.
+        fill: What a column of the rows holds where a row has nothing in it.
+    """
+    records = (_record(prediction, labels, columns, fill or {}) for prediction in predictions)
     if str(file) == STDOUT:
         _write_jsonl(sys.stdout, records)
         return
@@ -101,7 +133,7 @@ def write_predictions(
                 _write_jsonl(opened, records)
 
 
-def _record(prediction: Prediction, labels: Sequence[str], columns: Sequence[str]) -> Record:
+def _record(prediction: Prediction, labels: Sequence[str], columns: Sequence[str], fill: Mapping[str, str]) -> Record:
     own: Record = {
         "id": prediction.id,
         "label": prediction.label,
@@ -111,7 +143,9 @@ def _record(prediction: Prediction, labels: Sequence[str], columns: Sequence[str
         "gold": prediction.gold,
         **({"text": prediction.text} if prediction.text is not None else {}),
     }
-    return {name: own[name] if name in own else prediction.cells.get(name, "") for name in columns}
+    return {
+        name: own[name] if name in own else prediction.cells.get(name, "") or fill.get(name, "") for name in columns
+    }
 
 
 def _write_csv(opened: TextIO, records: Iterator[Record], columns: Sequence[str]) -> None:

@@ -1,8 +1,6 @@
 """A base with its adapter, ready to score prompts: the one path of validation, prediction and the rest."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,9 @@ import numpy as np
 
 from llm_clf.config import Settings, SpeedSettings
 from llm_clf.console import say
-from llm_clf.engine.fitting import TokenBudget, Work
+from llm_clf.engine.fitting import TokenBudget, Work, memory_explained
 from llm_clf.engine.generation import TextGenerator
+from llm_clf.engine.scores import Scored, windows
 from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.speed import speed_up
 from llm_clf.engine.tokens import PromptTokenizer
@@ -25,20 +24,6 @@ from llm_clf.runs import Run
 
 # Rows that are sorted by length together. Part of the plan of batches: another number, other rounding.
 WINDOW = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What the model made of some rows."""
-
-    rows: list[int]
-    """Numbers of the rows in the input."""
-    scores: np.ndarray
-    """Log-probabilities in nats, fp32, shape `(rows, labels)`."""
-    cut: list[bool]
-    """Whether a row was cut to fit."""
-    texts: list[str] | None
-    """Generated answers, None where none were asked for."""
 
 
 class Classifier:
@@ -113,6 +98,7 @@ class Classifier:
         model = merge_adapter(self._model).eval()
         return Classifier(model, self._tokens, batch_tokens=self.batch_tokens, speed=self._speed)
 
+    @memory_explained()
     def score(
         self,
         prompts: Iterable[Prompt],
@@ -122,18 +108,9 @@ class Classifier:
         fits: int | None = None,
         found: Callable[[int], None] = lambda tokens: None,
     ) -> int:
-        """Score prompts window by window, reading them as it goes; return how many tokens at once fit into memory.
+        """Score prompts window by window, as `Scorer` says.
 
-        The plan of batches depends on the prompts and the settings alone; batches that are finished are left out.
         Where memory runs out, this batch and all that follow are scored in parts of fewer tokens.
-
-        Args:
-            prompts: Rows in input order.
-            done: Takes each batch.
-            finished: Numbers of rows that need no scores; whole batches, as `done` got them.
-            fits: Most tokens of a part that are known to fit; None: whole batches.
-            found: Is told how many are tried next where memory ran out. Parts round otherwise than the whole batch, so
-                a job that is to go on to the same result begins with the last of these.
 
         Raises:
             ConfigError: Memory runs out on a single row.
@@ -141,7 +118,7 @@ class Classifier:
         budget = TokenBudget(fits or self.batch_tokens, self._device, found)
         first = 0
         self._scorer.start()
-        for window in windows(prompts):
+        for window in windows(prompts, WINDOW):
             if not all(number in finished for number in range(first, first + len(window))):
                 self._score_window(window, first, done, finished, budget)
             first += len(window)
@@ -217,10 +194,3 @@ def prompt_tokenizer(tokenizer: Any, base: Any, task: Task, settings: Settings) 
     limit = context_length(base.config)
     max_length = min(settings.data.max_length, limit) if limit else settings.data.max_length
     return PromptTokenizer(tokenizer, task, max_length=max_length, cut=settings.data.cut)
-
-
-def windows(prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
-    """Yield lists of WINDOW prompts; the last one may be shorter."""
-    source = iter(prompts)
-    while window := list(islice(source, WINDOW)):
-        yield window

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_clf.engine.classifier import Scored
+from llm_clf.engine.scores import Scored
 from llm_clf.errors import ArtifactError, LlmClfError
 from llm_clf.files import writing
 

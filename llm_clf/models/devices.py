@@ -1,13 +1,12 @@
 """Which device and which number type to compute in, and how much memory was used."""
 
 import platform
-import resource
-import sys
 from typing import Any
 
 import torch
 
 from llm_clf.errors import ConfigError
+from llm_clf.runs import resident_peak
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,8 +60,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the process's peak resident memory and, on CUDA, the peak allocated there, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peaks = {"resident_bytes": resident_peak()}
     if device.type == "cuda":
         peaks["cuda_bytes"] = torch.cuda.max_memory_allocated(device)
     return peaks

@@ -1,0 +1,1 @@
+"""Classic models that say whether a language model is worth its price."""

@@ -1,0 +1,153 @@
+"""What a prediction comes from: a run, a bare adapter or a base, and how each becomes something that scores prompts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
+from llm_clf.engine.scores import Scorer
+from llm_clf.errors import ConfigError
+from llm_clf.files import file_hash
+from llm_clf.prompting.tasks import Task, load_task
+from llm_clf.runs import CONFIG, LORA, TFIDF, Run, is_run, load_run
+
+
+class Source(Protocol):
+    """A model of any kind with the task that it answers."""
+
+    generates: ClassVar[bool]
+    """Whether it can write answers."""
+
+    @property
+    def task(self) -> Task:
+        """Return the task."""
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Return the most tokens that are scored at once, None where the model has no such budget."""
+
+    def identity(self) -> list[object]:
+        """Return all that the scores of a prompt depend on, as values fit for JSON."""
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load the model; with `generate` it also writes answers.
+
+        Raises:
+            LlmClfError: Something of it is missing, damaged or does not fit.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSource:
+    """A causal language model, as a rule with an adapter."""
+
+    generates: ClassVar[bool] = True
+
+    adapter: Path | None
+    """None: the base alone answers."""
+    task: Task
+    settings: Settings
+    run: Run | None
+    """None where there is only an adapter, or a base. Its settings are those above."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Return the budget of the settings."""
+        return self.settings.predict.batch_tokens
+
+    def identity(self) -> list[object]:
+        """Return hashes of adapter and base, the task and the settings."""
+        from llm_clf.models.adapters import adapter_weights
+        from llm_clf.models.bases import base_identity, quiet_libraries
+
+        quiet_libraries()
+        return [
+            file_hash(adapter_weights(self.adapter)) if self.adapter is not None else None,
+            base_identity(self.settings.model.name)["hash"],
+            self.task.model_dump(mode="json"),
+            settings_to_dict(self.settings),
+        ]
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load base and adapter; the base of a run must be the one that it was trained on."""
+        from llm_clf.engine.classifier import Classifier, require_same_base
+        from llm_clf.engine.fitting import memory_explained
+        from llm_clf.models.bases import quiet_libraries
+
+        quiet_libraries()
+        if self.run is not None:
+            require_same_base(self.run)
+        with memory_explained():
+            return Classifier.from_adapter(self.adapter, self.task, self.settings, generate=generate)
+
+
+@dataclass(frozen=True, slots=True)
+class TfidfSource:
+    """TF-IDF with a linear model."""
+
+    generates: ClassVar[bool] = False
+
+    model: Path
+    """The file of the pipeline."""
+    task: Task
+    batch_tokens: ClassVar[None] = None
+
+    def identity(self) -> list[object]:
+        """Return a hash of the model, and the task."""
+        return [file_hash(self.model), self.task.model_dump(mode="json")]
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load the model, which writes no answers."""
+        from llm_clf.baselines.tfidf_model import TfidfScorer, load_pipeline
+
+        assert not generate
+        return TfidfScorer(load_pipeline(self.model), self.task.names)
+
+
+def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> Source:
+    """Return what to predict with: a run of any kind, or a bare adapter with the task and the base given.
+
+    Raises:
+        ArtifactError: The folder is neither.
+        ConfigError: A bare adapter lacks a task or a base, a run is given another one, or an override does not fit.
+    """
+    require_sections(overrides, ("model", "predict", "speed"), "a prediction")
+    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
+    if is_run(folder) or not (folder / "adapter_config.json").is_file():
+        return _run_source(load_run(folder), task, changes)
+    if task is None or model is None:
+        raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
+    return LoraSource(folder, load_task(task), load_settings(overrides=changes), None)
+
+
+def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> Source:
+    """Return what a run is to predict with, by its kind."""
+    if task is not None:
+        raise ConfigError(f"{run.folder}: is a run and has its own task; leave out --task.")
+    if run.kind == LORA:
+        if changes:
+            run = replace(run, settings=_changed(run, changes))
+        return LoraSource(run.adapter, run.task, run.settings, run)
+    if changes:
+        raise ConfigError(
+            f"{run.folder}: is a run of kind {run.kind}, which has no base and no settings of a prediction; leave out "
+            "--model and --set."
+        )
+    assert run.kind == TFIDF
+    return TfidfSource(run.learned, run.task)
+
+
+def _changed(run: Run, changes: Sequence[str]) -> Settings:
+    """Return a run's settings with changes.
+
+    Where they leave `predict.merge` to the run, its adapter is merged as for its validation; not where the base is held
+    otherwise now, since what was found of one number type says nothing of another.
+    """
+    then = run.settings
+    settings = load_settings([run.folder / CONFIG], ["predict.merge=auto", *changes])
+    if settings.predict.merge != "auto":
+        return settings
+    held_so = settings.model == then.model.model_copy(update={"name": settings.model.name})
+    return settings.merging(then.predict.merge is True and held_so)
