@@ -91,7 +91,7 @@ def test_run_records_what_auto_meant_and_resume_keeps_it(
         finetune(prompts, out=tmp_path / "run", model=str(base), set=["train.epochs=2", "train.eval_every=1"])
     monkeypatch.setattr(training, "_checkpoint", whole)
     recorded = load_settings([tmp_path / "run.partial" / "config.yaml"])
-    assert recorded.train.micro_batch_tokens == 4096 and recorded.train.gradient_checkpointing is False
+    assert recorded.train.micro_batch_tokens == 2048 and recorded.train.gradient_checkpointing is False
     # Less memory now would cut otherwise, and refuse; the run goes on as it began.
     monkeypatch.setattr("llm_clf.models.budget.free_memory", lambda device: 10**6)
     finetune(prompts, out=tmp_path / "run", model=str(base), set=["train.epochs=2", "train.eval_every=1"], resume=True)

@@ -93,7 +93,7 @@ def predict(work: Work) -> dict[str, Any]:
     model = load_model(settings.model, dtype=job.dtype, device=choose_device())
     if job.adapter is not None:
         tokenizer = load_tokenizer(settings.model)
-        model = attach_adapter(model, Path(job.adapter), merge=settings.predict.merge, tokenizer=tokenizer)
+        model = attach_adapter(model, Path(job.adapter), merge=settings.predict.merge is True, tokenizer=tokenizer)
     rows = work.rows()
     prompts, answers = [row.prompt for row in rows], answers_of(rows)
     packed = speed_up(model, settings.speed)
