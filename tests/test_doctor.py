@@ -203,19 +203,25 @@ def test_estimate_of_packed_rows_by_hand(base: Path) -> None:
     model = empty_model(ModelSettings(name=str(base)))
     shape, adapter = base_shape(model), adapter_shape(new_adapter(model, LoraSettings(), seed=0))
     batch = MicroBatch(tokens=300, rows=4, longest=100, answer=2)
-    rest, shared, inputs = 2 * 4 * 32 + 3 * 64 * 2, 2 * (2 * 32 + 64 + 32), 5 * 32 + 64
-    # Query, and softmax of 4 heads over the row; on CUDA what SDPA keeps.
-    cpu, cuda = 32 * 2 + 4 * 100 * 2, 4 * 32 * 2
+    rest, copies, inputs = (2 * 32 + 2 * 64) * 2, 2 * 32 + 64 + 32, 5 * 32 + 64
+    # Query, keys and values of 2 heads, and softmax of 4 heads over the row; on CUDA four of all heads.
+    cpu, cuda = 2 * 32 * 2 + 4 * 100 * 2, 4 * 32 * 2
+    # Of the last of two layers its input, normed too, and keys and values.
+    last = 300 * (2 * 32 + 2 * 16) * 2
 
-    def found(mode: str = "bf16", device: str = "cpu", *, dropout: bool = True) -> Any:
-        return estimate(mode, 2, shape, adapter, batch, device=device, dropout=dropout, checkpointing=False)
+    def found(mode: str = "bf16", device: str = "cpu", *, dropout: bool = True, fused: bool = True) -> Any:
+        return estimate(
+            mode, 2, shape, adapter, batch, device=device, dropout=dropout, checkpointing=False, fused=fused
+        )
 
-    assert found().activations == 2 * 300 * (rest + cpu + (2 + 2) * inputs + 2 * 6 * 8)
-    assert found(dropout=False).activations == 2 * 300 * (rest + cpu + shared + 2 * 6 * 8)
-    assert found(device="cuda").activations == 2 * 300 * (rest + cuda + (2 + 1) * inputs + 2 * 6 * 8)
+    assert found().activations == 300 * (rest + cpu + (2 + 2) * copies + 2 * 6 * 8) + last
+    assert found(dropout=False).activations == 300 * (rest + cpu + 2 * copies + 2 * 6 * 8) + last
+    assert found(device="cuda").activations == 300 * (rest + cuda + (2 + 1) * copies + 2 * 6 * 8) + last
     # PEFT's forward at quantised layers, in fp32.
-    assert found("4bit").activations == 2 * 300 * (rest + cpu + (4 + 4) * inputs + 4 * 6 * 8)
-    assert found("8bit").activations == 2 * 300 * (rest + cpu + (4 + 4) * inputs + 4 * 6 * 8 + shared)
+    assert found("4bit").activations == 300 * (rest + cpu + (4 + 4) * inputs + 4 * 6 * 8) + last
+    assert found("8bit").activations == 300 * (rest + cpu + (4 + 4) * inputs + 4 * 6 * 8 + 2 * copies) + last
+    plain = 2 * 4 * 32 + 3 * 64 * 2
+    assert found(fused=False).activations == 2 * 300 * (plain + cpu + (2 + 2) * inputs + 2 * 6 * 8)
     assert found().workspace == 300 * 128 * 5 + 100 * 100 * 2
 
 
@@ -346,7 +352,7 @@ def test_estimate_without_rows_takes_the_longest_allowed(base: Path) -> None:
         sizes = found["modes"][mode]
         assert sizes["fits"] == (sizes["peak_bytes"] <= found["free_bytes"])
         line = next(line for line in text.splitlines() if line.startswith(f"{mode} "))
-        assert line.split()[-3:] == ["yes" if sizes["fits"] else "no", "4,096", "no"]
+        assert line.split()[-3:] == ["yes" if sizes["fits"] else "no", "2,048", "no"]
         assert (" * " in line) == (mode == found["mode"])
 
 
@@ -373,7 +379,7 @@ def test_estimate_measures_the_training_rows(base: Path, prompts: Path) -> None:
         "cut": 0,
     }
     for sizes in found["modes"].values():
-        assert sizes["micro_batch_tokens"] == 4096 and not sizes["gradient_checkpointing"]
+        assert sizes["micro_batch_tokens"] == 2048 and not sizes["gradient_checkpointing"]
 
 
 def test_rows_without_a_model_are_of_the_default_base(
