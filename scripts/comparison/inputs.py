@@ -109,7 +109,7 @@ def _instruction(tokenizer: Any, guideline: int) -> str:
     text = load_task(TASK).instruction
     draw = random.Random(1)
     topics = ["drugs", "surgery", "nursing", "imaging", "genes", "crops", "robots", "batteries", "soil", "statistics"]
-    while len(tokenizer(text)["input_ids"]) < guideline:
+    while len(tokenize_text(tokenizer, [text])[0]) < guideline:
         one, other = draw.choice(topics), draw.choice(topics)
         text += f" Papers about {one} count as {draw.choice('10')} unless {other} is only an example in the abstract."
     return text
