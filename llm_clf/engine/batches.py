@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llm_clf.engine.transfer import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -61,4 +63,4 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
         ids[row, width - len(sequence) :] = torch.tensor(sequence)
         mask[row, width - len(sequence) :] = 1
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return Batch(ids.to(device), mask.to(device), positions.to(device))
+    return Batch(to_device(ids, device), to_device(mask, device), to_device(positions, device))

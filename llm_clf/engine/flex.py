@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from llm_clf.console import say
+from llm_clf.engine.transfer import to_device
 
 BLOCK = 128
 # Blocks of a side of a table; one that needs more has a multiple of them.
@@ -43,7 +44,7 @@ def packed_blocks(spans: Sequence[Span], before: int, seen: torch.Tensor, device
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    rank, first, last = (part.to(device) for part in _intervals(spans, before, seen))
+    rank, first, last = (to_device(part, device) for part in _intervals(spans, before, seen))
 
     def sees(_batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (first[key] <= rank[query]) & (rank[query] <= last[key])

@@ -18,6 +18,7 @@ import torch
 from llm_clf.engine import flex
 from llm_clf.engine.attention import CHUNK, Chunk, RowPlan, attend
 from llm_clf.engine.decoder import ends_short
+from llm_clf.engine.transfer import to_device
 
 # Families whose attention goes through the interface with the forward's own arguments; each is tested.
 FAMILIES = frozenset({"glm", "llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt2"})
@@ -209,15 +210,15 @@ def _read(
     blocks = None
     if len(rows) > 1 and flex.suits(model):
         blocks = flex.packed_blocks(spans, beginning.tokens, answers.seen, model.device)
-    layout = Layout(beginning, all_places, wanted_places, torch.tensor(places, device=model.device), blocks)
+    layout = Layout(beginning, all_places, wanted_places, to_device(places, model.device), blocks)
     return _forward(model, ids, positions, layout), layout
 
 
 def _forward(model: Any, ids: list[int], positions: list[int], layout: Layout) -> torch.Tensor:
     device = model.device
     logits: torch.Tensor = model(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
+        input_ids=to_device([ids], device),
+        position_ids=to_device([positions], device),
         # Four dimensions: transformers takes it as made, and makes none of its own; attention looks at the layout.
         attention_mask=torch.empty(1, 1, 0, 0, device=device),
         # A short last layer leaves the wanted places only; 0 keeps all that there are.
@@ -259,7 +260,7 @@ class _Masks:
 
     def _additive(self, seen: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(seen.shape, dtype=self._dtype)
-        return mask.masked_fill_(~seen, torch.finfo(self._dtype).min).to(self._device)
+        return to_device(mask.masked_fill_(~seen, torch.finfo(self._dtype).min), self._device)
 
 
 def _attention(

@@ -15,6 +15,7 @@ import torch
 
 from llm_clf.engine.batches import Batch, pad_left, plan_batches, plan_packed
 from llm_clf.engine.packing import NOTHING, AnswerShape, Beginning, Row, packed_logits, read_beginning
+from llm_clf.engine.transfer import to_device
 from llm_clf.errors import ArtifactError
 
 # Most fp32 log-probabilities held at once: rows x positions x vocabulary.
@@ -171,12 +172,11 @@ class LabelScorer:
             self._shape,
         )
         log_probs = logits.view(len(rows), kept, -1).float().log_softmax(dim=-1)
-        columns = []
-        for path in (word for words in self._tree.paths for word in words):
-            places = torch.tensor([place for place, _ in path], device=log_probs.device)
-            tokens = torch.tensor([token for _, token in path], device=log_probs.device)
-            columns.append(log_probs[:, places, tokens].sum(dim=1))
-        return torch.stack(columns, dim=1)
+        paths = [word for words in self._tree.paths for word in words]
+        places = to_device([place for path in paths for place, _ in path], log_probs.device)
+        tokens = to_device([token for path in paths for _, token in path], log_probs.device)
+        steps = torch.split(log_probs[:, places, tokens], [len(path) for path in paths], dim=1)
+        return torch.stack([found.sum(dim=1) for found in steps], dim=1)
 
     def _score_plain(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return word scores, shape `(prompts, words)`, from one forward for each word."""
@@ -184,8 +184,9 @@ class LabelScorer:
         for word in (word for words in self._answers for word in words):
             batch = pad_left([[*prompt, *word[:-1]] for prompt in prompts], self._pad_id, self._model.device)
             log_probs = self._log_probs(batch, len(word))
-            tokens = torch.tensor(word, device=log_probs.device)
-            columns.append(log_probs[:, torch.arange(len(word)), tokens].sum(dim=1))
+            tokens = to_device(word, log_probs.device)
+            places = torch.arange(len(word), device=log_probs.device)
+            columns.append(log_probs[:, places, tokens].sum(dim=1))
         return torch.stack(columns, dim=1)
 
     def _log_probs(self, batch: Batch, kept: int) -> torch.Tensor:

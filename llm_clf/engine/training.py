@@ -32,6 +32,7 @@ from llm_clf.engine.packing import (
 )
 from llm_clf.engine.scoring import forward_arguments, last_logits
 from llm_clf.engine.speed import speed_up
+from llm_clf.engine.transfer import to_device
 from llm_clf.errors import ArtifactError, TrainingError
 from llm_clf.files import cannot_write, read_json, replace_folder, write_json
 from llm_clf.models.adapters import adapter_state, load_adapter_state, trainable
@@ -186,11 +187,11 @@ def answer_loss(model: Any, batch: Sequence[TrainingExample], pad_id: int, takes
     targets = torch.full((len(batch), longest), IGNORED, dtype=torch.long)
     for row, example in enumerate(batch):
         targets[row, longest - len(example.answer) :] = torch.tensor(example.answer)
-    targets = targets.to(model.device)
+    targets = to_device(targets, model.device)
     # The last token is predicted and never predicts: one more place is kept, and the last one dropped.
     logits = last_logits(model, sequences, longest + 1, takes)[:, :-1].float()
     losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    weights = torch.tensor([example.weight for example in batch], device=model.device)
+    weights = to_device([example.weight for example in batch], model.device)
     return (losses.view(len(batch), longest).sum(dim=1) * weights).sum()
 
 
@@ -206,8 +207,8 @@ def packed_answer_loss(model: Any, batch: Sequence[TrainingExample], beginning: 
     rows = [Row([*example.ids, *example.answer[:-1]][beginning.tokens :]) for example in batch]
     wanted = [range(len(row.ids) - len(example.answer), len(row.ids)) for row, example in zip(rows, batch, strict=True)]
     logits = packed_logits(model, rows, beginning, wanted).float()
-    targets = torch.tensor([token for example in batch for token in example.answer], device=logits.device)
-    weights = torch.tensor([example.weight for example in batch for _ in example.answer], device=logits.device)
+    targets = to_device([token for example in batch for token in example.answer], logits.device)
+    weights = to_device([example.weight for example in batch for _ in example.answer], logits.device)
     return (cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
