@@ -1,7 +1,7 @@
 """Check on this machine's CUDA card that training and prediction fit, are right, and how fast they are.
 
 scripts/gpu_check.py [--out FILE.json] [--size 6b|100m|tiny] [--modes fp16,bf16,8bit,4bit] [--rows 200]
-                     [--seconds 120] [--memory GB]
+                     [--seconds 120] [--memory GB] [--set train.gradient_checkpointing=true]
 
 Needs no network and no checkpoint: the base is a Glm of ChatGLM2-6B's shape (or a smaller one) with seeded random
 weights, drawn on the device in the type they are held in. For every mode, in a process of its own:
@@ -58,7 +58,14 @@ from accelerate.utils import GradScalerKwargs  # noqa: E402
 from flops import matmul_rate, seconds_of, useful_flops  # noqa: E402
 from transformers import GlmConfig, GlmForCausalLM  # noqa: E402
 
-from llm_clf.config import LoraSettings, Settings, SpeedSettings, TrainSettings  # noqa: E402
+from llm_clf.config import (  # noqa: E402
+    LoraSettings,
+    Settings,
+    SpeedSettings,
+    TrainSettings,
+    load_settings,
+    require_keys,
+)
 from llm_clf.console import table  # noqa: E402
 from llm_clf.engine.scoring import LabelScorer  # noqa: E402
 from llm_clf.engine.speed import speed_up  # noqa: E402
@@ -151,6 +158,8 @@ class Options:
     seconds: float
     memory: float | None
     """Gigabytes to plan for in place of the size's own targets."""
+    overrides: tuple[str, ...] = ()
+    """How a training is cut, in place of what follows from the memory; `--set` of finetune."""
 
     def target(self, mode: str) -> int | None:
         """Return the peak to plan a mode for, None for what is free."""
@@ -442,9 +451,10 @@ def compare_memory(plan: Plan, peak: Peak, target: int | None) -> dict[str, Any]
 # --- Speed
 
 
-def plan_for(size: Size, mode: str, compute: str, device: torch.device, target: int | None) -> tuple[Shapes, Plan]:
+def plan_for(
+    size: Size, mode: str, compute: str, device: torch.device, target: int | None, settings: Settings
+) -> tuple[Shapes, Plan]:
     """Return the shapes of base and adapter, and the plan that finetune would make for full rows."""
-    settings = Settings(train=TrainSettings(batch_size=BATCH))
     with torch.device("meta"):
         shapes = Shapes.of(GlmForCausalLM(size.config()), settings)
     rows = RowLengths(size.longest, size.longest, len(ANSWERS[0]))
@@ -480,7 +490,8 @@ class Bench:
 def measure(result: dict[str, Any], mode: str, compute: str, options: Options, device: torch.device) -> None:
     """Build the base, train and score with it; `result` has what was measured, also where memory runs out."""
     size, target = SIZES[options.size], options.target(mode)
-    shapes, plan = plan_for(size, mode, compute, device, target)
+    given = load_settings(overrides=[*options.overrides, f"train.batch_size={BATCH}", "train.epochs=1"])
+    shapes, plan = plan_for(size, mode, compute, device, target, given)
     cut = {"micro_batch_tokens": plan.micro_batch_tokens, "gradient_checkpointing": plan.gradient_checkpointing}
     result["plan"] = cut
     result["matmul"] = matmul_rate(device, choose_dtype("auto", device))
@@ -489,7 +500,7 @@ def measure(result: dict[str, Any], mode: str, compute: str, options: Options, d
     gc.collect()
     result["weights_bytes"] = memory_now(device)[0] - before
     bench = Bench(new_adapter(base, LoraSettings(), seed=SEED), size, shapes, compute, result["matmul"])
-    settings = TrainSettings.model_validate({"epochs": 1, "batch_size": BATCH, **cut})
+    settings = given.train.model_copy(update=cut)
     # On a card the first step is slow, and the optimiser's state is there from the second on.
     steps = 2 if device.type == "cuda" else 1
     full = make_examples([size.longest] * BATCH * steps, size.vocabulary)
@@ -568,6 +579,7 @@ def check_mode_apart(mode: str, options: Options) -> tuple[dict[str, Any], dict[
         words = [sys.executable, __file__, "--alone", mode, "--out", str(found), "--size", options.size]
         words += ["--rows", str(options.rows), "--seconds", str(options.seconds)]
         words += ["--memory", str(options.memory)] if options.memory else []
+        words += [word for override in options.overrides for word in ("--set", override)]
         # Through a pipe no progress bar is drawn.
         child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert child.stdout is not None
@@ -679,18 +691,24 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=200, help="rows of real lengths that are timed")
     parser.add_argument("--seconds", type=float, default=120, help="about the most to time a mode for")
     parser.add_argument("--memory", type=float, help="gigabytes to plan for, in place of the targets")
+    parser.add_argument("--set", action="append", default=[], help="how a training is cut, as finetune takes it")
     parser.add_argument("--alone", choices=MODES, help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     wrong = [mode for mode in given.modes.split(",") if mode not in MODES]
     if wrong or given.rows < 1 or given.seconds <= 0:
         parser.error(f"unknown modes {wrong}" if wrong else "--rows and --seconds must be above 0")
+    try:
+        require_keys(given.set, ("train.micro_batch_tokens", "train.gradient_checkpointing"), "this check")
+        load_settings(overrides=given.set)
+    except ConfigError as error:
+        parser.error(str(error))
     return given
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit code."""
     given = parse(words)
-    options = Options(given.size, given.rows, given.seconds, given.memory)
+    options = Options(given.size, given.rows, given.seconds, given.memory, tuple(given.set))
     if given.alone:
         quiet_libraries()
         device = choose_device()

@@ -7,9 +7,10 @@ import torch
 from conftest import tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
 
 from llm_clf.config import LoraSettings, SpeedSettings
-from llm_clf.engine import attention, kernels
+from llm_clf.engine import attention, decoder, kernels
 from llm_clf.engine.attention import Chunk, RowPlan, attend
 from llm_clf.engine.decoder import INTERLEAVED, enable_fused_layers, ends_short
 from llm_clf.engine.lora import adapted_linears, enable_fast_lora
@@ -128,11 +129,38 @@ def test_a_layer_is_its_own_where_nothing_is_packed() -> None:
     assert torch.equal(found, expected)
 
 
-def test_checkpointing_computes_the_same_gradients() -> None:
-    kept, again = (adapted("glm", SpeedSettings()) for _ in range(2))
+@pytest.mark.parametrize("family", sorted(INTERLEAVED))
+def test_checkpointing_computes_layers_again_and_the_same_gradients(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, again = (adapted(family, SpeedSettings()) for _ in range(2))
     again.activation_checkpointing_enable()
-    for model in (kept, again):
+    read: list[int] = []
+    once = decoder._forward
+    monkeypatch.setattr(decoder, "_forward", lambda *given: (read.append(given[1].shape[1]), once(*given))[1])
+    for model, times in ((kept, 1), (again, 2)):
+        read.clear()
         packed_logits(model, [Row([60, 61, 62])], read_beginning(model, SHARED), [[2]]).square().sum().backward()
+        # Both the beginning and the row, in every layer.
+        assert sorted(read) == sorted([3, 5] * model.config.num_hidden_layers * times)
+    assert gradients_apart(kept, again) <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
+def test_checkpointing_also_serves_packed_layers_that_are_not_fused(family: str) -> None:
+    kept, again = (adapted(family, SpeedSettings()) for _ in range(2))
+    again.activation_checkpointing_enable()
+    rows, sizes = [Row(list(range(60, 90)))], []
+    for model in (kept, again):
+        saved: list[int] = []
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        with saved_tensors_hooks(lambda x, saved=saved: (saved.append(x.nbytes), x)[1], lambda x: x):
+            loss = packed_logits(model, rows, read_beginning(model, SHARED), [[2]]).square().sum()
+        loss.backward()
+        sizes.append(sum(saved))
+    assert sizes[1] < sizes[0] / 2
     assert gradients_apart(kept, again) <= 1e-6
 
 

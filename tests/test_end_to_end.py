@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 import llm_clf
+import llm_clf.commands.predict as predict_command
 from llm_clf.engine import scoring
 from llm_clf.errors import ArtifactError, ConfigError, DataError, TrainingError
 from llm_clf.files import partial_name
@@ -518,3 +519,26 @@ def test_other_decoders_train_and_predict(
 def test_cuda_trains_and_predicts(prompts: Path, base: Path, tmp_path: Path, dtype: str) -> None:
     metrics = llm_clf.finetune(prompts, out=tmp_path / "run", model=str(base), set=settings(f"model.dtype={dtype}"))
     assert np.isfinite(metrics["log_loss"])
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[:-1], lambda rows: [*rows, rows[0].replace("a9", "new")], sorted])
+def test_rows_that_change_while_they_are_predicted_are_not_paired_with_other_scores(
+    trained: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[list[str]], list[str]],
+) -> None:
+    rows = tmp_path / "rows.csv"
+    lines = ["uuid,title,abstract", *(f"a{9 - number},heart {number},lung" for number in range(6))]
+    rows.write_text("\n".join(lines), encoding="utf-8")
+    surveyed = predict_command._survey
+
+    def survey(prompts: object) -> object:
+        found = surveyed(prompts)
+        rows.write_text("\n".join([lines[0], *change(lines[1:])]), encoding="utf-8")
+        return found
+
+    monkeypatch.setattr(predict_command, "_survey", survey)
+    with pytest.raises(DataError, match="changed while they were predicted"):
+        llm_clf.predict(trained[1], rows, out=tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()

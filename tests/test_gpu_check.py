@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,20 @@ def test_without_pydantic_it_says_what_to_install(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.endswith("Run: pip install pydantic\n")
 
 
-@pytest.mark.parametrize("words", [["--modes", "bf16,int3"], ["--rows", "0"], ["--size", "7b"]])
+@pytest.mark.parametrize(
+    "words", [["--modes", "bf16,int3"], ["--rows", "0"], ["--size", "7b"], ["--set", "train.epochs=3"]]
+)
 def test_wrong_arguments_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit) as refusal:
         gpu_check.main(words)
     assert refusal.value.code == 2
+
+
+def test_a_training_is_cut_as_asked() -> None:
+    asked = replace(TINY, overrides=("train.gradient_checkpointing=true", "train.micro_batch_tokens=256"))
+    result = gpu_check.check_mode("fp32", asked, CPU)
+    assert result["status"] == "ok"
+    assert result["plan"] == {"micro_batch_tokens": 256, "gradient_checkpointing": True}
 
 
 def test_rows_are_as_long_as_abstracts() -> None:

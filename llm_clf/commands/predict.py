@@ -167,6 +167,7 @@ def predict_prompts(
     survey = _survey(prompts)
     if survey.rows == 0:
         raise DataError("ROWS: there is no row below the names of the columns, so nothing to predict. Give some rows.")
+    prompts = _Unchanged(prompts, survey)
     names = source.task.names
     chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns, fill or ())
 
@@ -231,9 +232,35 @@ def _survey(prompts: Iterable[Prompt]) -> _Survey:
     for prompt in prompts:
         if rows == 0:
             columns = list(prompt.cells)
-        digest.update(json.dumps([prompt.id, prompt.input, prompt.label]).encode())
+        digest.update(_row_bytes(prompt))
         rows += 1
     return _Survey(rows, digest.hexdigest(), columns)
+
+
+def _row_bytes(prompt: Prompt) -> bytes:
+    return json.dumps([prompt.id, prompt.input, prompt.label]).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Unchanged:
+    """Prompts that are still those of the survey: scores would go to other rows where a file changes meanwhile."""
+
+    prompts: Iterable[Prompt]
+    survey: _Survey
+
+    def __iter__(self) -> Iterator[Prompt]:
+        digest = hashlib.sha256()
+        number = 0
+        for number, prompt in enumerate(self.prompts, 1):
+            if number > self.survey.rows:
+                break
+            digest.update(_row_bytes(prompt))
+            yield prompt
+        if number != self.survey.rows or digest.hexdigest() != self.survey.digest:
+            raise DataError(
+                "ROWS: they changed while they were predicted, so scores would stand beside other rows; nothing is "
+                "written. Predict once they stay as they are."
+            )
 
 
 def _job_key(source: Source, rows_digest: str, decode: Decode) -> str:

@@ -5,7 +5,7 @@ added to what came in. Their layers get a forward that does the same in fewer pa
 they are given they read with their own.
 """
 
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,9 +29,28 @@ def enable_fused_layers(model: Any, *, short: bool) -> bool:
         return False
     layers = _layers(model)
     for layer in layers:
-        layer.forward = partial(_forward, layer, INTERLEAVED[config.model_type], short and layer is layers[-1])
+        layer.__class__ = _fused(layer.__class__, INTERLEAVED[config.model_type])
         layer.ends_short = short and layer is layers[-1]
     return True
+
+
+@cache
+def _fused(kind: type, interleaved: bool) -> type:
+    """Return a kind of layer with the forward of this module.
+
+    A class and not a function in the layer's place: transformers computes activations again around the forward of a
+    layer's class, and would leave a layer's own one alone.
+    """
+
+    def forward(
+        layer: Any, hidden_states: torch.Tensor, *arguments: Any, layout: Any = None, **options: Any
+    ) -> torch.Tensor:
+        if layout is None:
+            whole: torch.Tensor = kind.forward(layer, hidden_states, *arguments, **options)  # type: ignore[attr-defined]
+            return whole
+        return _forward(layer, hidden_states, interleaved, layout, options["position_embeddings"])
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def ends_short(model: Any) -> bool:
@@ -47,26 +66,21 @@ def _layers(model: Any) -> Any:
 
 def _forward(
     layer: Any,
-    interleaved: bool,
-    short: bool,
     hidden_states: torch.Tensor,
-    *arguments: Any,
-    layout: Any = None,
-    **options: Any,
+    interleaved: bool,
+    layout: Any,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Return what the layer makes of a packed sequence, shape `(1, tokens, width)`; without a layout, its own forward.
+    """Return what the layer makes of a packed sequence, shape `(1, tokens, width)`.
 
-    Where `short`, `tokens` of the result are the wanted places.
+    Where the layer ends short, `tokens` of the result are the wanted places.
     """
-    if layout is None:
-        whole: torch.Tensor = type(layer).forward(layer, hidden_states, *arguments, **options)
-        return whole
-    cos, sin = (part[0].float() for part in options["position_embeddings"])
+    cos, sin = (part[0].float() for part in position_embeddings)
     turn = torch.complex(*(part[:, : part.shape[1] // 2] for part in (cos, sin)))
     attention = layer.self_attn
     x = hidden_states[0]
     normed = _norm(layer.input_layernorm, x)
-    if short:
+    if layer.ends_short:
         key, value = adapted_linears([attention.k_proj, attention.v_proj], normed)
         x, normed, queries_turn = x[layout.places], normed[layout.places], turn[layout.places]
         (query,) = adapted_linears([attention.q_proj], normed)
