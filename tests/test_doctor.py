@@ -22,6 +22,7 @@ from llm_clf.models.memory import (
     RETAINED_BYTES,
     RETAINED_SHARE,
     RETAINED_SHARE_CHECKPOINTING,
+    RETAINED_SHARE_CHECKPOINTING_QUANTIZED,
     RUNTIME_BYTES,
     AdapterShape,
     BaseShape,
@@ -232,9 +233,13 @@ def test_logits_are_the_workspace_of_a_large_vocabulary() -> None:
 
 
 def test_the_allocator_holds_back_a_share_and_no_more_than_so_much() -> None:
-    for checkpointing, share in ((False, RETAINED_SHARE), (True, RETAINED_SHARE_CHECKPOINTING)):
-        assert runtime_bytes("cpu", 2**20, checkpointing=checkpointing) == RUNTIME_BYTES["cpu"] + share * 2**20
-        assert runtime_bytes("cpu", 2**40, checkpointing=checkpointing) == RUNTIME_BYTES["cpu"] + RETAINED_BYTES
+    shares = {("bf16", False): RETAINED_SHARE, ("4bit", False): RETAINED_SHARE}
+    shares[("bf16", True)] = RETAINED_SHARE_CHECKPOINTING
+    shares[("4bit", True)] = RETAINED_SHARE_CHECKPOINTING_QUANTIZED
+    for (mode, checkpointing), share in shares.items():
+        some, much = (runtime_bytes(mode, "cpu", size, checkpointing=checkpointing) for size in (2**20, 2**40))
+        assert some == RUNTIME_BYTES["cpu"] + share * 2**20
+        assert much == RUNTIME_BYTES["cpu"] + RETAINED_BYTES
 
 
 def test_a_micro_batch_holds_a_row_that_is_longer_than_the_budget() -> None:

@@ -26,10 +26,12 @@ CHUNK = 128
 RUNTIME_BYTES = {"cpu": 9 * 2**26, "cuda": 2**28}
 # On CPU glibc takes blocks of up to 32 MiB from a heap that is full of holes after the first micro-batch; larger ones
 # are given back. Trainings of 100 million weights held 40 to 80 % more than their tensors. With checkpointing, where
-# each layer's work lies between inputs that stay, it was 130 to 400 %, of less. With MALLOC_MMAP_THRESHOLD_=1048576
-# there was nothing more, at up to twice the time.
+# each layer's work lies between inputs that stay, it was 110 to 280 %, of less, and 430 to 530 % where a quantised base
+# has its weights unpacked in between. With MALLOC_MMAP_THRESHOLD_=1048576 there was nothing more, at up to twice the
+# time.
 RETAINED_SHARE = 0.5
-RETAINED_SHARE_CHECKPOINTING = 1.5
+RETAINED_SHARE_CHECKPOINTING = 2.0
+RETAINED_SHARE_CHECKPOINTING_QUANTIZED = 4.5
 RETAINED_BYTES = 2**32
 
 
@@ -151,7 +153,7 @@ def estimate(
         adapter=adapter_bytes(adapter.parameters),
         activations=activations,
         workspace=workspace,
-        runtime=runtime_bytes(device, activations + workspace, checkpointing=checkpointing),
+        runtime=runtime_bytes(mode, device, activations + workspace, checkpointing=checkpointing),
     )
 
 
@@ -259,17 +261,20 @@ def workspace_bytes(mode: str, size: int, base: BaseShape, batch: MicroBatch, *,
     return max(linear, logits) + (batch.longest if packed else batch.tokens) * batch.longest * size
 
 
-def runtime_bytes(device: str, moving: int, *, checkpointing: bool) -> int:
+def runtime_bytes(mode: str, device: str, moving: int, *, checkpointing: bool) -> int:
     """Return the bytes of the libraries and of what the allocator holds back.
 
     Args:
+        mode: How the base is held.
         device: `cuda` or `cpu`.
         moving: Bytes that are taken and given back in every step.
         checkpointing: Whether activations are computed again in the backward.
     """
     if device != "cpu":
         return RUNTIME_BYTES[device]
-    share = RETAINED_SHARE_CHECKPOINTING if checkpointing else RETAINED_SHARE
+    share = RETAINED_SHARE
+    if checkpointing:
+        share = RETAINED_SHARE_CHECKPOINTING_QUANTIZED if mode in QUANTIZED else RETAINED_SHARE_CHECKPOINTING
     return RUNTIME_BYTES[device] + min(RETAINED_BYTES, int(share * moving))
 
 
