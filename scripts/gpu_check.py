@@ -60,9 +60,11 @@ from transformers import GlmConfig, GlmForCausalLM  # noqa: E402
 
 from llm_clf.config import LoraSettings, Settings, SpeedSettings, TrainSettings  # noqa: E402
 from llm_clf.console import table  # noqa: E402
+from llm_clf.engine.label_words import LabelWords  # noqa: E402
 from llm_clf.engine.scoring import LabelScorer  # noqa: E402
 from llm_clf.engine.speed import speed_up  # noqa: E402
-from llm_clf.engine.training import Progress, TrainingExample, train  # noqa: E402
+from llm_clf.engine.tokens import TrainingExample  # noqa: E402
+from llm_clf.engine.training import Progress, train  # noqa: E402
 from llm_clf.errors import ConfigError, LlmClfError  # noqa: E402
 from llm_clf.models.adapters import new_adapter  # noqa: E402
 from llm_clf.models.bases import quiet_libraries  # noqa: E402
@@ -92,6 +94,7 @@ PAD = 0
 # Two labels, `5 6 end` and `5 7 end`: told apart by their second token only.
 END = 2
 ANSWERS = ([5, 6, END], [5, 7, END])
+HEAD = LabelWords([[answer] for answer in ANSWERS])
 # Rows as long as papers' titles with abstracts, in tokens: log-normal, of at least 40, cut to what data.max_length=512
 # would leave. The mean is about 330, the median 325, and one row in ten has all 512.
 MEDIAN, SIGMA, SHORTEST, LONGEST = 325, 0.38, 40, 512
@@ -278,13 +281,14 @@ def run_training(
     """Train as finetune does, checkpoint at the end included."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        return train(model, examples, settings, speed, accelerator=recorder, pad_id=PAD, evaluate=None, folder=place)
+        return train(
+            model, HEAD, examples, settings, speed, accelerator=recorder, pad_id=PAD, evaluate=None, folder=place
+        )
 
 
 def label_scorer(model: Any, speed: SpeedSettings, shared: Sequence[int] = ()) -> LabelScorer:
     """Return what scores the two labels with a model, as predict does."""
-    answers = [[answer] for answer in ANSWERS]
-    return LabelScorer(model, answers, pad_id=PAD, packed=speed_up(model, speed), shared=shared)
+    return LabelScorer(model, HEAD, pad_id=PAD, packed=speed_up(model, speed), shared=shared)
 
 
 # --- Correctness
