@@ -145,3 +145,6 @@ def test_labels_that_tokenise_alike_are_refused(make_base: MakeBase, short_task:
 
     with pytest.raises(LabelError, match="are the same tokens"):
         PromptTokenizer(Deaf(), load_task(short_task), max_length=100)
+    # A linear head does not ask for their words, and needs no room for them.
+    tokens = PromptTokenizer(Deaf(), load_task(short_task), max_length=100, words=False)
+    assert tokens.answers == [] and tokens.max_prompt == 100
