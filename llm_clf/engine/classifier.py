@@ -53,7 +53,7 @@ class Classifier:
         packed = speed_up(model, speed, every_state=head.reads_every_state)
         if speed.packing and not packed:
             kind = model.config.get_text_config().model_type
-            say(f"Rows are padded, and with label words read anew for each: packing is not known for {kind}.")
+            say(f"Rows are padded, which is slower: packing is not known for {kind}.")
         shared = tokens.shared() if speed.shared_prefix else ()
         self._scorer = LabelScorer(model, head, pad_id=tokens.pad_id, packed=packed, shared=shared)
         self._device = model.device
