@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from llm_clf.errors import ConfigError
 
@@ -34,6 +35,17 @@ class ModelSettings(Section):
     """An original ChatGLM folder: whose prompts and special tokens; auto: by `_name_or_path` or the folder's name."""
     rope_ratio: Literal["auto", "linear", "theta"] = "auto"
     """An original ChatGLM folder: its `rope_ratio` divides positions or multiplies theta; auto: by the family."""
+    head: Literal["label-words", "linear"] = "label-words"
+    """How labels are read: by the words that stand for them, or by a linear layer on the model's states."""
+    pooling: Literal["last", "mean"] = "last"
+    """What a linear head reads: the state of the prompt's last token, or the mean of the states of all its tokens."""
+
+    @field_validator("pooling")
+    @classmethod
+    def _pooling_has_a_head(cls, value: str, others: ValidationInfo) -> str:
+        if value == "mean" and others.data.get("head") == "label-words":
+            raise PydanticCustomError("head", "Label words have no states to pool; it goes with model.head linear only")
+        return value
 
 
 class DataSettings(Section):

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
 from llm_clf.engine.scores import Scorer
 from llm_clf.errors import ConfigError
-from llm_clf.files import file_hash
+from llm_clf.files import file_hash, read_json
 from llm_clf.prompting.tasks import Task, load_task
 from llm_clf.runs import CONFIG, LORA, TFIDF, Run, is_run, load_run
 
@@ -17,8 +17,9 @@ from llm_clf.runs import CONFIG, LORA, TFIDF, Run, is_run, load_run
 class Source(Protocol):
     """A model of any kind with the task that it answers."""
 
-    generates: ClassVar[bool]
-    """Whether it can write answers."""
+    @property
+    def generates(self) -> bool:
+        """Whether it can write answers."""
 
     @property
     def task(self) -> Task:
@@ -41,9 +42,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoraSource:
-    """A causal language model, as a rule with an adapter."""
-
-    generates: ClassVar[bool] = True
+    """A language model, as a rule with an adapter, read by label words or a linear head."""
 
     adapter: Path | None
     """None: the base alone answers."""
@@ -51,6 +50,11 @@ class LoraSource:
     settings: Settings
     run: Run | None
     """None where there is only an adapter, or a base. Its settings are those above."""
+
+    @property
+    def generates(self) -> bool:
+        """Return whether it has words: a linear head takes their place."""
+        return self.settings.model.head == "label-words"
 
     @property
     def batch_tokens(self) -> int:
@@ -119,7 +123,14 @@ def find_source(folder: Path, task: str | Path | None, model: str | None, overri
         return _run_source(load_run(folder), task, changes)
     if task is None or model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
-    return LoraSource(folder, load_task(task), load_settings(overrides=changes), None)
+    return LoraSource(folder, load_task(task), load_settings(overrides=[head_of_adapter(folder), *changes]), None)
+
+
+def head_of_adapter(folder: Path) -> str:
+    """Return as a setting which head a bare adapter was trained for."""
+    config = read_json(folder / "adapter_config.json")
+    linear = isinstance(config, dict) and config.get("task_type") == "SEQ_CLS"
+    return f"model.head={'linear' if linear else 'label-words'}"
 
 
 def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> Source:
@@ -147,6 +158,10 @@ def _changed(run: Run, changes: Sequence[str]) -> Settings:
     """
     then = run.settings
     settings = load_settings([run.folder / CONFIG], ["predict.merge=auto", *changes])
+    for key in ("head", "pooling"):
+        wanted, trained = getattr(settings.model, key), getattr(then.model, key)
+        if wanted != trained:
+            raise ConfigError(f"model.{key} {wanted}: {run.folder} was trained with {trained}; leave it out.")
     if settings.predict.merge != "auto":
         return settings
     held_so = settings.model == then.model.model_copy(update={"name": settings.model.name})

@@ -67,9 +67,11 @@ from llm_clf.config import (  # noqa: E402
     require_keys,
 )
 from llm_clf.console import table  # noqa: E402
+from llm_clf.engine.label_words import LabelWords  # noqa: E402
 from llm_clf.engine.scoring import LabelScorer  # noqa: E402
 from llm_clf.engine.speed import speed_up  # noqa: E402
-from llm_clf.engine.training import Progress, TrainingExample, train  # noqa: E402
+from llm_clf.engine.tokens import TrainingExample  # noqa: E402
+from llm_clf.engine.training import Progress, train  # noqa: E402
 from llm_clf.errors import ConfigError, LlmClfError  # noqa: E402
 from llm_clf.models.adapters import new_adapter  # noqa: E402
 from llm_clf.models.bases import quiet_libraries  # noqa: E402
@@ -99,6 +101,7 @@ PAD = 0
 # Two labels, `5 6 end` and `5 7 end`: told apart by their second token only.
 END = 2
 ANSWERS = ([5, 6, END], [5, 7, END])
+HEAD = LabelWords([[answer] for answer in ANSWERS])
 # Rows as long as papers' titles with abstracts, in tokens: log-normal, of at least 40, cut to what data.max_length=512
 # would leave. The mean is about 330, the median 325, and one row in ten has all 512.
 MEDIAN, SIGMA, SHORTEST, LONGEST = 325, 0.38, 40, 512
@@ -164,6 +167,10 @@ class Options:
     def target(self, mode: str) -> int | None:
         """Return the peak to plan a mode for, None for what is free."""
         return int(self.memory * 1e9) if self.memory else SIZES[self.size].targets.get(mode)
+
+    def settings(self) -> Settings:
+        """Return what finetune would be told."""
+        return load_settings(overrides=[*self.overrides, f"train.batch_size={BATCH}", "train.epochs=1"])
 
 
 class Drawn:
@@ -287,13 +294,14 @@ def run_training(
     """Train as finetune does, checkpoint at the end included."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        return train(model, examples, settings, speed, accelerator=recorder, pad_id=PAD, evaluate=None, folder=place)
+        return train(
+            model, HEAD, examples, settings, speed, accelerator=recorder, pad_id=PAD, evaluate=None, folder=place
+        )
 
 
 def label_scorer(model: Any, speed: SpeedSettings, shared: Sequence[int] = ()) -> LabelScorer:
     """Return what scores the two labels with a model, as predict does."""
-    answers = [[answer] for answer in ANSWERS]
-    return LabelScorer(model, answers, pad_id=PAD, packed=speed_up(model, speed), shared=shared)
+    return LabelScorer(model, HEAD, pad_id=PAD, packed=speed_up(model, speed), shared=shared)
 
 
 # --- Correctness
@@ -490,7 +498,7 @@ class Bench:
 def measure(result: dict[str, Any], mode: str, compute: str, options: Options, device: torch.device) -> None:
     """Build the base, train and score with it; `result` has what was measured, also where memory runs out."""
     size, target = SIZES[options.size], options.target(mode)
-    given = load_settings(overrides=[*options.overrides, f"train.batch_size={BATCH}", "train.epochs=1"])
+    given = options.settings()
     shapes, plan = plan_for(size, mode, compute, device, target, given)
     cut = {"micro_batch_tokens": plan.micro_batch_tokens, "gradient_checkpointing": plan.gradient_checkpointing}
     result["plan"] = cut

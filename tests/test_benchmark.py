@@ -22,11 +22,8 @@ from comparison.tasks import FUNCTIONS, TASKS, environment_of, kind_of  # noqa: 
 from comparison.work import STEP_ROWS, Job, Row, Work  # noqa: E402
 from flops import useful_flops  # noqa: E402
 
-from llm_clf.engine.training import (  # noqa: E402
-    TrainingExample,
-    answer_loss,
-    forward_arguments,
-)
+from llm_clf.engine.label_words import LabelWords  # noqa: E402
+from llm_clf.engine.tokens import TrainingExample  # noqa: E402
 from llm_clf.models.memory import BaseShape  # noqa: E402
 
 # One layer of 10 + 20 weights, 3 numbers of queries, and a vocabulary of 100 on 2.
@@ -171,7 +168,7 @@ def test_ours_trains_on_the_rows_that_others_get_and_measures_their_loss(work: W
     # The first step is done by an adapter that changes nothing yet.
     model = ours.load_model(ours.settings_of(work.base, job).model, dtype="fp32", device=torch.device("cpu"))
     step = [TrainingExample(one.prompt, one.answer, 1.0) for one in work.rows_in_order()[:STEP_ROWS]]
-    loss = answer_loss(model, step, 0, forward_arguments(model)).item() / STEP_ROWS
+    loss = LabelWords([[one.answer] for one in work.rows_in_order()]).padded_loss(model, step, 0).item() / STEP_ROWS
     assert found["losses"][0] == pytest.approx(loss, rel=1e-5)
     assert (tmp_path / "initial" / "adapter_config.json").is_file()
     # Again: it begins anew, with the same weights.

@@ -10,9 +10,10 @@ import torch
 
 from llm_clf.commands.doctor import PACKAGES, SUMS, doctor, doctor_text, shipped_faults
 from llm_clf.config import LoraSettings, ModelSettings, SpeedSettings
+from llm_clf.engine.label_words import LabelWords
 from llm_clf.engine.packing import NOTHING
 from llm_clf.engine.speed import speed_up
-from llm_clf.engine.training import TrainingExample, packed_answer_loss
+from llm_clf.engine.tokens import PromptTokenizer, TrainingExample
 from llm_clf.errors import ArtifactError, DataError
 from llm_clf.models.adapters import new_adapter
 from llm_clf.models.bases import SHIPPED
@@ -271,7 +272,7 @@ def kept_bytes(model: Any, rows: int, tokens: int, *, lean: bool) -> int:
         if lean:
             # The last token of the answer is not read.
             examples = [TrainingExample(row[:-1].tolist(), [5, 6], 1.0) for row in ids]
-            packed_answer_loss(model, examples, NOTHING)
+            LabelWords([[[5, 6]]]).packed_loss(model, examples, NOTHING)
         else:
             mask = torch.ones_like(ids)
             mask[0, :3] = 0
@@ -362,7 +363,6 @@ def test_estimate_without_rows_takes_the_longest_allowed(base: Path) -> None:
 
 
 def test_estimate_measures_the_training_rows(base: Path, prompts: Path) -> None:
-    from llm_clf.engine.tokens import PromptTokenizer
     from llm_clf.models.bases import load_tokenizer
     from llm_clf.prompting.prompts import read_split
     from llm_clf.prompting.tasks import load_task
@@ -372,7 +372,7 @@ def test_estimate_measures_the_training_rows(base: Path, prompts: Path) -> None:
     tokens = PromptTokenizer(load_tokenizer(ModelSettings(name=str(base))), task, max_length=512)
     train = read_split(prompts, "train", task)
     lengths = [
-        len(example.ids) + len(tokens.answer(prompt.label))
+        len(example.ids) + len(tokens.answers[task.names.index(prompt.label)][0])
         for prompt, example in zip(train, tokens.encode(train), strict=True)
         if prompt.label
     ]

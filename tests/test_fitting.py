@@ -16,7 +16,9 @@ from llm_clf.commands import validation
 from llm_clf.config import LoraSettings, SpeedSettings, load_settings
 from llm_clf.engine import classifier, fitting, scoring, training
 from llm_clf.engine.fitting import TokenBudget, Work
-from llm_clf.engine.training import TrainingExample, _backward_of
+from llm_clf.engine.label_words import LabelWords
+from llm_clf.engine.tokens import TrainingExample
+from llm_clf.engine.training import _backward_of
 from llm_clf.errors import ConfigError
 from llm_clf.files import partial_name
 from llm_clf.models import bases
@@ -119,6 +121,7 @@ def test_trying_the_largest_part_leaves_nothing_behind() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+WORDS = LabelWords([[[17, 0]]])
 EXAMPLES = [TrainingExample([201, 202, size, *range(size - 3)], [17, 0], 1.0) for size in (60, 50, 45)]
 
 
@@ -131,7 +134,7 @@ def test_gradients_that_were_added_up_before_memory_ran_out_are_cleared(speed: S
         with torch.no_grad():
             for number, parameter in enumerate(trainable(model.train())):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
-        work = _backward_of(model, EXAMPLES, speed, 3, Accelerator(cpu=True))
+        work = _backward_of(model, WORDS, EXAMPLES, speed, 3, Accelerator(cpu=True))
         torch.manual_seed(8)
         loss = TokenBudget(tokens, CPU, lambda _: None).fit(work, EXAMPLES)
         return loss, [parameter.grad.clone() for parameter in trainable(model)], card.forwards

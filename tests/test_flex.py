@@ -20,9 +20,11 @@ from torch.nn.attention import flex_attention as library
 from llm_clf.config import LoraSettings, SpeedSettings
 from llm_clf.engine import flex, packing
 from llm_clf.engine.attention import RowPlan
+from llm_clf.engine.label_words import AnswerTree, LabelWords
 from llm_clf.engine.packing import NOTHING, AnswerShape, Beginning, Row, packed_logits, read_beginning
-from llm_clf.engine.scoring import AnswerTree, LabelScorer
-from llm_clf.engine.training import TrainingExample, _backward_of
+from llm_clf.engine.scoring import LabelScorer
+from llm_clf.engine.tokens import TrainingExample
+from llm_clf.engine.training import _backward_of
 from llm_clf.models.adapters import new_adapter, trainable
 
 CPU = torch.device("cpu")
@@ -169,7 +171,7 @@ def test_label_scores_equal_those_row_by_row(family: str, monkeypatch: pytest.Mo
     answers = [[[17, 40, 0], [50, 0]], [[17, 41, 42, 0]], [[17, 40, 41, 0]]]
     shared = [60, 61, 62]
     prompts = [[*shared, *range(100, 100 + size)] for size in (1, 30, 70)] + [[70, 71], [72, 73, 74]]
-    scorer = LabelScorer(model, answers, pad_id=3, packed=True, shared=shared)
+    scorer = LabelScorer(model, LabelWords(answers), pad_id=3, packed=True, shared=shared)
     calls = counted(monkeypatch)
     found = scorer.score(prompts)
     assert len(calls) == 2 * model.config.num_hidden_layers
@@ -192,6 +194,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+WORDS = LabelWords([[[17, 40, 0]]])
 EXAMPLES = [
     TrainingExample([201, 202, *range(30, 30 + size)], [17, 40 + size % 3, 0], 1.0 + size % 2)
     for size in (50, 90, 1, 33)
@@ -207,7 +210,7 @@ def step(*, checkpointing: bool = False) -> tuple[float, list[torch.Tensor]]:
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
     if checkpointing:
         model.activation_checkpointing_enable()
-    loss = _backward_of(model, EXAMPLES, SpeedSettings(), 3, Accelerator(cpu=True)).do(EXAMPLES, 100)
+    loss = _backward_of(model, WORDS, EXAMPLES, SpeedSettings(), 3, Accelerator(cpu=True)).do(EXAMPLES, 100)
     return loss, [parameter.grad.clone() for parameter in trainable(model)]
 
 
@@ -263,7 +266,7 @@ def test_a_training_with_validation_compiles_a_handful(compiler: Any) -> None:
             torch.testing.assert_close(one, other)
     model = tiny_model("glm")
     packing.enable_packing(model)
-    scorer = LabelScorer(model, [[[17, 0]], [[18, 19, 0]]], pad_id=3, packed=True, shared=[201, 202])
+    scorer = LabelScorer(model, LabelWords([[[17, 0]], [[18, 19, 0]]]), pad_id=3, packed=True, shared=[201, 202])
     for size in (5, 300):
         scorer.score([[201, 202, *range(5, 5 + size % 250)], [201, 202, 9], [1, 2], [3]])
     assert compiler.frame_count <= 4

@@ -115,7 +115,7 @@ def test_the_targets_of_chatglm2_6b_are_planned_for() -> None:
         size = gpu_check.SIZES["6b"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpu_check, "free_memory", lambda _: 80 * 10**9)
-            _, plan = gpu_check.plan_for(size, mode, "bf16", torch.device("cuda"), target)
+            _, plan = gpu_check.plan_for(size, mode, "bf16", torch.device("cuda"), target, options.settings())
         assert plan.estimate.peak <= 0.9 * target and plan.gradient_checkpointing
     assert Options("6b", rows=1, seconds=1.0, memory=5).target("bf16") == 5 * 10**9
 

@@ -8,8 +8,9 @@ import torch
 from conftest import Bigrams, tiny_model
 
 from llm_clf.decisions.decide import probabilities
+from llm_clf.engine.label_words import AnswerTree, LabelWords
 from llm_clf.engine.packing import FAMILIES, enable_packing
-from llm_clf.engine.scoring import AnswerTree, LabelScorer
+from llm_clf.engine.scoring import LabelScorer
 from llm_clf.errors import ArtifactError
 
 END = 0
@@ -36,7 +37,7 @@ def reference(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
 def packed_scorer(family: str = "glm", shared: Sequence[int] = ()) -> LabelScorer:
     model = tiny_model(family)
     enable_packing(model)
-    return LabelScorer(model, ANSWERS, pad_id=3, packed=True, shared=shared)
+    return LabelScorer(model, LabelWords(ANSWERS), pad_id=3, packed=True, shared=shared)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -52,7 +53,7 @@ def test_packed_equals_one_by_one(family: str) -> None:
 def test_plain_equals_one_by_one(family: str) -> None:
     model = tiny_model(family)
     expected = torch.stack([reference(model, prompt) for prompt in PROMPTS])
-    scores = LabelScorer(model, ANSWERS, pad_id=3, packed=False).score(PROMPTS)
+    scores = LabelScorer(model, LabelWords(ANSWERS), pad_id=3, packed=False).score(PROMPTS)
     torch.testing.assert_close(scores, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -78,7 +79,7 @@ def test_start_forgets_what_a_changed_model_made_of_the_shared_tokens() -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_probabilities_do_not_depend_on_batch_or_order(packed: bool) -> None:
-    scorer = packed_scorer() if packed else LabelScorer(tiny_model("glm"), ANSWERS, pad_id=3, packed=False)
+    scorer = packed_scorer() if packed else LabelScorer(tiny_model("glm"), LabelWords(ANSWERS), pad_id=3, packed=False)
     together = probabilities(scorer.score(PROMPTS).numpy())
     alone = np.concatenate([probabilities(scorer.score([prompt]).numpy()) for prompt in PROMPTS])
     backwards = probabilities(scorer.score(PROMPTS[::-1]).numpy())[::-1]
@@ -88,22 +89,22 @@ def test_probabilities_do_not_depend_on_batch_or_order(packed: bool) -> None:
 
 def test_the_pad_token_does_not_matter() -> None:
     model = tiny_model("glm")
-    one, other = (LabelScorer(model, ANSWERS, pad_id=pad, packed=False).score(PROMPTS) for pad in (3, 99))
+    one, other = (LabelScorer(model, LabelWords(ANSWERS), pad_id=pad, packed=False).score(PROMPTS) for pad in (3, 99))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_the_whole_answer_counts_so_1_does_not_always_beat_10() -> None:
     one, zero, prompt = 41, 40, 9
     model = Bigrams({prompt: {one: 0.9, zero: 0.1}, one: {zero: 0.8, END: 0.2}, zero: {END: 1.0}})
-    scores = LabelScorer(model, [[[one, END]], [[one, zero, END]], [[zero, END]]], pad_id=3, packed=False).score(
-        [[prompt]]
-    )
+    scores = LabelScorer(
+        model, LabelWords([[[one, END]], [[one, zero, END]], [[zero, END]]]), pad_id=3, packed=False
+    ).score([[prompt]])
     torch.testing.assert_close(scores.exp(), torch.tensor([[0.18, 0.72, 0.1]]), atol=1e-4, rtol=0)
 
 
 def test_words_of_a_label_add_up() -> None:
     model = Bigrams({9: {50: 0.3, 51: 0.3, 52: 0.4}, 50: {END: 1.0}, 51: {END: 1.0}, 52: {END: 1.0}})
-    scores = LabelScorer(model, [[[50, END], [51, END]], [[52, END]]], pad_id=3, packed=False).score([[9]])
+    scores = LabelScorer(model, LabelWords([[[50, END], [51, END]], [[52, END]]]), pad_id=3, packed=False).score([[9]])
     torch.testing.assert_close(scores.exp(), torch.tensor([[0.6, 0.4]]), atol=1e-3, rtol=0)
 
 
@@ -119,7 +120,7 @@ def test_bf16_stays_near_fp32(packed: bool) -> None:
     def scores(dtype: torch.dtype) -> np.ndarray:
         model = tiny_model("glm").to(dtype)
         enable_packing(model)
-        return probabilities(LabelScorer(model, ANSWERS, pad_id=3, packed=packed).score(PROMPTS).numpy())
+        return probabilities(LabelScorer(model, LabelWords(ANSWERS), pad_id=3, packed=packed).score(PROMPTS).numpy())
 
     np.testing.assert_allclose(scores(torch.bfloat16), scores(torch.float32), atol=0.15)
 

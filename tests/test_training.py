@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_clf.config import LoraSettings, SpeedSettings, TrainSettings
+from llm_clf.engine.label_words import LabelWords
 from llm_clf.engine.lora import enable_fast_lora
-from llm_clf.engine.scoring import forward_arguments
+from llm_clf.engine.tokens import TrainingExample
 from llm_clf.engine.training import (
-    TrainingExample,
     _backward_of,
     _evaluation_steps,
     _require_finite,
     _rows_of_step,
-    answer_loss,
     row_weights,
 )
 from llm_clf.errors import ConfigError, TrainingError
 from llm_clf.models.adapters import adapter_state, new_adapter, trainable
 
 END = 0
+WORDS = LabelWords([[[17, END]], [[50, END]]])
 EXAMPLES = [
     TrainingExample([9, 8, 7, 6, 5], [17, 40, END], 1.0),
     TrainingExample([33, 34], [50, END], 1.0),
@@ -62,7 +62,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
 def test_loss_and_gradients_equal_the_definition() -> None:
     model = adapted()
     expected = reference_loss(model)
-    batched = answer_loss(model, EXAMPLES, 3, forward_arguments(model))
+    batched = WORDS.padded_loss(model, EXAMPLES, 3)
     torch.testing.assert_close(batched, expected, atol=1e-4, rtol=1e-5)
     pairs = zip(gradients(model, batched), gradients(model, reference_loss(model)), strict=True)
     for ours, theirs in pairs:
@@ -74,18 +74,18 @@ def test_only_the_answer_counts() -> None:
     """A model that is right in the answer and wrong everywhere else has nothing to learn; the reverse has."""
     sure = {6: {17: 1.0}, 17: {END: 1.0}}
     right = Bigrams(sure)
-    assert answer_loss(right, [TrainingExample([9, 5, 6], [17, END], 1.0)], 3, frozenset()).item() < 1e-4
+    assert WORDS.padded_loss(right, [TrainingExample([9, 5, 6], [17, END], 1.0)], 3).item() < 1e-4
     wrong = Bigrams({9: {5: 1.0}, 5: {6: 1.0}, 6: {18: 1.0}, 17: {18: 1.0}})
-    assert answer_loss(wrong, [TrainingExample([9, 5, 6], [17, END], 1.0)], 3, frozenset()).item() > 30
+    assert WORDS.padded_loss(wrong, [TrainingExample([9, 5, 6], [17, END], 1.0)], 3).item() > 30
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(3)), st.integers(0, 3))
 def test_cutting_a_step_into_micro_batches_changes_nothing(order: list[int], cut: int) -> None:
     model = adapted()
-    whole = answer_loss(model, EXAMPLES, 3, forward_arguments(model))
+    whole = WORDS.padded_loss(model, EXAMPLES, 3)
     parts = [[EXAMPLES[i] for i in order[:cut]], [EXAMPLES[i] for i in order[cut:]]]
-    summed = sum(answer_loss(model, part, 3, forward_arguments(model)) for part in parts if part)
+    summed = sum(WORDS.padded_loss(model, part, 3) for part in parts if part)
     for ours, theirs in zip(gradients(model, summed), gradients(model, whole), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-4)
 
@@ -152,7 +152,7 @@ def test_packed_step_equals_the_definition(shared: int, dropout: float, checkpoi
         model = adapted(dropout).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        gradients = _backward_of(model, examples, speed, 3, Accelerator(cpu=True))
+        gradients = _backward_of(model, WORDS, examples, speed, 3, Accelerator(cpu=True))
         torch.manual_seed(11)
         loss = gradients.do(examples, budget)
         return loss, [parameter.grad.clone() for parameter in trainable(model)]
@@ -177,7 +177,7 @@ def test_shared_tokens_without_an_adapter_on_keys_and_values(targets: Any) -> No
             for number, parameter in enumerate(trainable(model)):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
         rows = [TrainingExample([201, 202, *e.ids], e.answer, e.weight) for e in EXAMPLES]
-        _backward_of(model, rows, speed, 3, Accelerator(cpu=True)).do(rows, 64)
+        _backward_of(model, WORDS, rows, speed, 3, Accelerator(cpu=True)).do(rows, 64)
         return [parameter.grad.clone() for parameter in trainable(model)]
 
     for one, other in zip(step(SpeedSettings()), step(SpeedSettings(packing=False, fast_lora=False)), strict=True):

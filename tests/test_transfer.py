@@ -10,12 +10,15 @@ from conftest import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_clf.config import LoraSettings, SpeedSettings
-from llm_clf.engine.packing import enable_packing
-from llm_clf.engine.training import TrainingExample, _backward_of, packed_answer_loss, read_beginning
+from llm_clf.engine.label_words import LabelWords
+from llm_clf.engine.packing import enable_packing, read_beginning
+from llm_clf.engine.tokens import TrainingExample
+from llm_clf.engine.training import _backward_of
 from llm_clf.engine.transfer import to_device
 from llm_clf.models.adapters import new_adapter
 
 SHARED = [201, 202, 203]
+WORDS = LabelWords([[[17, 40, 0]]])
 EXAMPLES = [TrainingExample([*SHARED, size, *range(9, 9 + size)], [17, 40, 0], 1.0) for size in (20, 5, 9, 12)]
 
 
@@ -54,7 +57,7 @@ def test_for_a_card_they_are_pinned_and_queued(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_step_of_packed_rows_reads_its_loss_and_nothing_else() -> None:
-    work = _backward_of(adapted(), EXAMPLES, SpeedSettings(), 3, Accelerator(cpu=True))
+    work = _backward_of(adapted(), WORDS, EXAMPLES, SpeedSettings(), 3, Accelerator(cpu=True))
     with Reads() as reads:
         work.do(EXAMPLES, 30)
     assert len(work.plan(EXAMPLES, 30)) > 1 and reads.count == 1
@@ -77,7 +80,7 @@ def test_nothing_waits_for_a_card_within_a_micro_batch(no_waiting: Callable[[], 
     def micro_batch() -> None:
         made = read_beginning(model, SHARED)
         leaves = made.leaves()
-        packed_answer_loss(model, EXAMPLES, leaves).backward()
+        WORDS.packed_loss(model, EXAMPLES, leaves).backward()
         made.backward(leaves)
 
     micro_batch()

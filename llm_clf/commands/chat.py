@@ -16,7 +16,7 @@ from llm_clf.errors import ConfigError, DataError
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task, load_task
 from llm_clf.runs import Run, is_run
-from llm_clf.sources import LoraSource, find_source
+from llm_clf.sources import LoraSource, find_source, head_of_adapter
 
 MAX_NEW_TOKENS = 512
 
@@ -59,7 +59,9 @@ class LoadedModel:
 
     def __init__(self, model: Any, tokenizer: Any, classifier: Any, task: Task | None, description: str) -> None:
         from llm_clf.engine.generation import TextGenerator
+        from llm_clf.engine.parts import unwrapped
         from llm_clf.models.bases import context_length
+        from llm_clf.models.heads import has_linear_head
 
         self.description = description
         self.has_adapter = self.adapter_on = hasattr(model, "disable_adapter")
@@ -68,12 +70,23 @@ class LoadedModel:
         self._limit = context_length(model.config)
         room = min(MAX_NEW_TOKENS, self._limit // 2) if self._limit else MAX_NEW_TOKENS
         self._room = room
-        self._generator = TextGenerator(model, tokenizer, pad_id=pad, max_new_tokens=room)
+        self._generator = None
+        if not has_linear_head(unwrapped(model)):
+            self._generator = TextGenerator(model, tokenizer, pad_id=pad, max_new_tokens=room)
 
     def answer(self, messages: list[dict[str, str]], write: Write) -> str:
-        """Return the next answer, written piece by piece; the oldest turns give way when all are too long."""
+        """Return the next answer, written piece by piece; the oldest turns give way when all are too long.
+
+        Raises:
+            ConfigError: A linear head stands where the words would come from.
+            DataError: One message alone is too long.
+        """
         from llm_clf.engine.tokens import encode_messages
 
+        if self._generator is None:
+            raise ConfigError(
+                "This model has a linear head for labels and writes no words. Ask it with /classify TEXT."
+            )
         first = 0
         ids = encode_messages(self._tokenizer, messages)
         while self._limit and len(ids) + self._room > self._limit:
@@ -90,10 +103,12 @@ class LoadedModel:
         """Return the probability of each label in the task's order.
 
         Raises:
-            ConfigError: There is no task.
+            ConfigError: There is no task, or the adapter that has the linear head is switched off.
         """
         if self._classifier is None or self._task is None:
             raise ConfigError("There is no task here. Start with a run, or with --task TASK.")
+        if self._generator is None and self.has_adapter and not self.adapter_on:
+            raise ConfigError("The linear head is part of the adapter: the base alone knows no labels. See /base.")
         prompt = Prompt("0", _input_of(text, self._task), None, {})
         with self._chosen():
             probs = probabilities(self._classifier.score_all([prompt]))[0]
@@ -107,6 +122,7 @@ def _load(
     source: str | Path | None, model: str | None, task: str | Path | None, overrides: Sequence[str]
 ) -> LoadedModel:
     from llm_clf.engine.classifier import Classifier, prompt_tokenizer, require_same_base
+    from llm_clf.engine.heads import make_head
     from llm_clf.models.adapters import attach_adapter
     from llm_clf.models.bases import load_model, load_tokenizer, quiet_libraries
     from llm_clf.models.devices import choose_device, choose_dtype, describe
@@ -119,14 +135,17 @@ def _load(
     device = choose_device()
     dtype = choose_dtype(settings.model.dtype, device)
     tokenizer = load_tokenizer(settings.model)
-    loaded = load_model(settings.model, dtype=dtype, device=device)
+    labels = found.task.names if found.task is not None else ()
+    complete = found.adapter is None
+    loaded = load_model(settings.model, dtype=dtype, device=device, labels=labels, complete=complete)
     classifier = None
     tokens = prompt_tokenizer(tokenizer, loaded, found.task, settings) if found.task is not None else None
     if found.adapter is not None:
         # Never merged here: /base switches the adapter off and on.
         loaded = attach_adapter(loaded, found.adapter, merge=False, tokenizer=tokenizer)
     if tokens is not None:
-        classifier = Classifier(loaded, tokens, batch_tokens=settings.predict.batch_tokens, speed=settings.speed)
+        head, budget = make_head(settings.model, tokens), settings.predict.batch_tokens
+        classifier = Classifier(loaded, tokens, head, batch_tokens=budget, speed=settings.speed)
     words = f" with the adapter of {source}" if source is not None else ""
     description = f"{settings.model.name}{words}, {dtype} on {describe(device)}."
     return LoadedModel(loaded, tokenizer, classifier, found.task, description)
@@ -156,7 +175,10 @@ def _find(source: str | Path | None, model: str | None, task: str | Path | None,
         raise ConfigError(f"{folder}: is a bare adapter; tell its base: --model BASE.")
     require_sections(overrides, ("model", "predict", "speed"), "a conversation")
     changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
-    return _Found(folder, load_task(task) if task is not None else None, load_settings(overrides=changes), None)
+    settings = load_settings(overrides=[*([head_of_adapter(folder)] if folder is not None else []), *changes])
+    if settings.model.head == "linear" and task is None:
+        raise ConfigError("A linear head tells the labels of a task apart; tell which: --task TASK.")
+    return _Found(folder, load_task(task) if task is not None else None, settings, None)
 
 
 def _input_of(text: str, task: Task) -> str:

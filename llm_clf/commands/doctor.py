@@ -214,7 +214,8 @@ def _estimate(settings: Settings, data: str | Path | None, free: int) -> dict[st
     dtype = choose_dtype(settings.model.dtype, device)
     base, _ = resolve_base(settings.model)
     settings = settings.model_copy(update={"model": base.model_copy(update={"dtype": dtype})})
-    model = empty_model(settings.model)
+    # Without rows there is no task; how many labels it has hardly shows.
+    model = empty_model(settings.model, ("0", "1") if prompts is None else prompts[0].names)
     lengths, facts = _row_lengths(model, prompts, settings)
     shapes = Shapes.of(model, settings)
     modes = {}
@@ -263,6 +264,7 @@ def _row_lengths(
 ) -> tuple["RowLengths", dict[str, Any]]:
     """Return how long rows are with their answers: measured, or without rows the most that is allowed."""
     from llm_clf.engine.classifier import prompt_tokenizer
+    from llm_clf.engine.heads import make_head
     from llm_clf.models.bases import context_length, load_tokenizer
     from llm_clf.models.budget import RowLengths
     from llm_clf.models.memory import ANSWER_TOKENS
@@ -274,16 +276,17 @@ def _row_lengths(
         return RowLengths(most, float(most), ANSWER_TOKENS), facts
     task, rows = prompts
     tokens = prompt_tokenizer(load_tokenizer(settings.model), model, task, settings)
+    head = make_head(settings.model, tokens)
+    answers = {label: len(head.answer(number)) for number, label in enumerate(task.names)}
     longest = total = cut = 0
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]
         for prompt, example in zip(some, tokens.encode(some), strict=True):
-            length = len(example.ids) + len(tokens.answer(prompt.label or ""))
+            length = len(example.ids) + answers[prompt.label or ""]
             longest, total, cut = max(longest, length), total + length, cut + example.cut
-    answer = max(len(tokens.answer(name)) for name in task.names)
     mean = round(total / len(rows), 1)
     facts = {"measured": True, "rows": len(rows), "longest_tokens": longest, "mean_tokens": mean, "cut": cut}
-    return RowLengths(longest, mean, answer), facts
+    return RowLengths(longest, mean, max(answers.values())), facts
 
 
 def doctor_text(facts: dict[str, Any]) -> str:

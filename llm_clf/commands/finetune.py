@@ -55,6 +55,8 @@ class _Rows:
     tokenizer: Any
     tokens: Any
     """What made them, and makes those of the validation rows: a PromptTokenizer."""
+    head: Any
+    """Reads labels from the model: a Head."""
     examples: list[Any]
     cut: int
     """How many were cut to fit."""
@@ -169,7 +171,7 @@ def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: 
     if settings.predict.merge is True:
         require_mergeable(settings.model)
     base = base_identity(settings.model.name)
-    empty = empty_model(settings.model)
+    empty = empty_model(settings.model, data.task.names)
     rows = _tokenize(empty, data, settings)
     if _claim(folder, settings, data, base, resume=resume):
         # Whether to merge is decided at the end, by what was asked for; a kill after that may have left an answer here.
@@ -270,7 +272,7 @@ def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device:
     from llm_clf.models.adapters import new_adapter, save_adapter, trainable
     from llm_clf.models.bases import load_model
 
-    base = load_model(settings.model, dtype=settings.model.dtype, device=device)
+    base = load_model(settings.model, dtype=settings.model.dtype, device=device, labels=data.task.names)
     model = new_adapter(base, settings.lora, seed=settings.train.seed)
     tokens, examples = rows.tokens, rows.examples
     parameters = sum(parameter.numel() for parameter in trainable(model))
@@ -278,11 +280,12 @@ def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device:
         f"{len(examples):,} training rows ({rows.cut:,} cut to fit, {data.unlabelled:,} without a label left out), "
         f"{len(data.valid):,} validation rows; {parameters:,} adapter weights."
     )
-    classifier = Classifier(model, tokens, batch_tokens=settings.predict.batch_tokens, speed=settings.speed)
+    classifier = Classifier(model, tokens, rows.head, batch_tokens=settings.predict.batch_tokens, speed=settings.speed)
     accelerator = _accelerator(settings, device, folder)
     try:
         state = train(
             model,
+            rows.head,
             examples,
             settings.train,
             settings.speed,
@@ -318,19 +321,22 @@ def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device:
 def _tokenize(base: Any, data: TrainingData, settings: Settings) -> _Rows:
     """Return the training rows as tokens with their answers."""
     from llm_clf.engine.classifier import prompt_tokenizer
-    from llm_clf.engine.training import TrainingExample, row_weights
+    from llm_clf.engine.heads import make_head
+    from llm_clf.engine.tokens import TrainingExample
+    from llm_clf.engine.training import row_weights
     from llm_clf.models.bases import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
     tokens = prompt_tokenizer(tokenizer, base, data.task, settings)
+    head = make_head(settings.model, tokens)
     encoded = tokens.encode(data.train)
     labels = [prompt.label for prompt in data.train if prompt.label is not None]
     weights = row_weights(labels, settings.train.class_weights)
     examples = [
-        TrainingExample(example.ids, tokens.answer(label), weight)
+        TrainingExample(example.ids, head.answer(data.task.names.index(label)), weight)
         for example, label, weight in zip(encoded, labels, weights, strict=True)
     ]
-    return _Rows(tokenizer, tokens, examples, sum(example.cut for example in encoded))
+    return _Rows(tokenizer, tokens, head, examples, sum(example.cut for example in encoded))
 
 
 def _claim(folder: Path, settings: Settings, data: TrainingData, base: dict[str, Any], *, resume: bool) -> bool:

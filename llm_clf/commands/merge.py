@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def merge(
 ) -> dict[str, Any]:
     """Write base and adapter of a run as one model folder, and return what its merge.json says.
 
-    The folder holds weights in the type that the run computed in (safetensors), config, generation config, tokenizer
-    with chat template, the task, the validation predictions of the merged model, and merge.json: where it comes from,
-    and the metrics before and after. Each sum of weight and adapter is made in fp32 and rounded once. Before the
+    A run with a linear head becomes a model for sequence classification, whose config names the labels. The folder
+    holds weights in the type that the run computed in (safetensors), config, generation config, tokenizer with chat
+    template, the task, the validation predictions of the merged model, and merge.json: where it comes from, and the
+    metrics before and after. Each sum of weight and adapter is made in fp32 and rounded once. Before the
     folder takes its name, the model is loaded from it as any other base: each weight must be the one that was written,
     and the run's validation rows are scored again.
 
@@ -96,12 +98,18 @@ def _find_run(folder: Path, model: str | None) -> Run:
 
     Raises:
         ArtifactError: It is no run.
-        ConfigError: It has no adapter, or was trained on a quantised base and no other is given.
+        ConfigError: It has no adapter, its head reads a mean, or it was trained on a quantised base and no other is
+            given.
     """
     run = load_run(folder)
     if run.kind != LORA:
         raise ConfigError(
             f"{folder}: is a run of kind {run.kind}, with neither adapter nor base. Give one that finetune made."
+        )
+    if run.settings.model.pooling != "last":
+        raise ConfigError(
+            f"{folder}: its linear head reads the mean of all tokens' states (model.pooling mean), and the models of "
+            "transformers that it could become read the last token's. `llm-clf predict` takes the run as it is."
         )
     changes = [f"model.name={json.dumps(model)}"] if model is not None else []
     mode = run.settings.model.quantization
@@ -161,7 +169,7 @@ def _merge(run: Run, valid: list[Prompt], folder: Path, name: str) -> dict[str, 
     folder.mkdir(parents=True)
     written = _write_model(run, folder)
     merged = settings.model.model_copy(update={"name": str(folder), "family": "auto", "rope_ratio": "auto"})
-    _require_same_weights(folder, written, settings.model_copy(update={"model": merged}))
+    _require_same_weights(folder, written, settings.model_copy(update={"model": merged}), run.task.names)
     run.task.save(folder / TASK)
     facts = {
         "format": FORMAT,
@@ -194,6 +202,7 @@ def _write_model(run: Run, folder: Path) -> dict[str, tuple[Any, ...]]:
 
     from llm_clf.models.adapters import attach_adapter
     from llm_clf.models.bases import is_quantized, load_model, load_tokenizer
+    from llm_clf.models.heads import as_stored
 
     base = run.settings.model
     if is_quantized(base):
@@ -204,10 +213,11 @@ def _write_model(run: Run, folder: Path) -> dict[str, tuple[Any, ...]]:
         )
     say(f"Merging {run.folder} into {base.name} in {base.dtype}.")
     tokenizer = load_tokenizer(base)
-    model = load_model(base, dtype=base.dtype, device=torch.device("cpu"))
+    model = load_model(base, dtype=base.dtype, device=torch.device("cpu"), labels=run.task.names)
     model = attach_adapter(model, run.adapter, merge=True, tokenizer=tokenizer)
     try:
-        model.save_pretrained(str(folder), max_shard_size=SHARD)
+        with as_stored(model, tokenizer):
+            model.save_pretrained(str(folder), max_shard_size=SHARD)
     except SafetensorError as error:
         raise cannot_write(folder, error) from error
     # safetensors lets nobody but the owner read what it writes.
@@ -217,7 +227,9 @@ def _write_model(run: Run, folder: Path) -> dict[str, tuple[Any, ...]]:
     return _sums(model)
 
 
-def _require_same_weights(folder: Path, written: dict[str, tuple[Any, ...]], settings: Settings) -> None:
+def _require_same_weights(
+    folder: Path, written: dict[str, tuple[Any, ...]], settings: Settings, labels: Sequence[str]
+) -> None:
     """Load the folder as any base, and compare.
 
     Raises:
@@ -229,7 +241,8 @@ def _require_same_weights(folder: Path, written: dict[str, tuple[Any, ...]], set
 
     # What was merged is a knot of objects that point at each other; its memory is needed now.
     gc.collect()
-    found = _sums(load_model(settings.model, dtype=settings.model.dtype, device=torch.device("cpu")))
+    base, cpu = settings.model, torch.device("cpu")
+    found = _sums(load_model(base, dtype=base.dtype, device=cpu, labels=labels, complete=True))
     wrong = sorted(key for key in found.keys() | written.keys() if found.get(key) != written.get(key))
     if wrong:
         raise ArtifactError(

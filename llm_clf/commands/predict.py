@@ -103,7 +103,7 @@ def predict(
             )
         source = find_source(path_of(run), task, model, set)
         if decode == "generate" and not source.generates:
-            raise ConfigError(f"--decode generate: {run} is no language model and writes no answers; leave it out.")
+            raise ConfigError(f"--decode generate: {run} writes no answers: {_why_silent(source)}. Leave it out.")
         if isinstance(source, LoraSource) and source.run is not None:
             _say_merged_otherwise(source.run)
         with rewindable(rows) as files:
@@ -111,6 +111,10 @@ def predict(
             return predict_prompts(
                 source, prompts, place, decode=decode, columns=columns, fill=fill, journal=unfinished, resume=resume
             )
+
+
+def _why_silent(source: Source) -> str:
+    return "it reads labels by a linear head" if isinstance(source, LoraSource) else "it is no language model"
 
 
 def _unfinished(place: Path, inputs: Sequence[str | Path], *, resume: bool, overwrite: bool) -> Path | None:

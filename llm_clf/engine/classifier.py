@@ -10,6 +10,7 @@ from llm_clf.config import Settings, SpeedSettings
 from llm_clf.console import say
 from llm_clf.engine.fitting import TokenBudget, Work, memory_explained
 from llm_clf.engine.generation import TextGenerator
+from llm_clf.engine.heads import Head, make_head
 from llm_clf.engine.scores import Scored, windows
 from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.speed import speed_up
@@ -32,6 +33,7 @@ class Classifier:
     Args:
         model: The base with its adapter.
         tokens: Turns prompts into tokens.
+        head: Reads labels from the model.
         batch_tokens: Most tokens in one forward, padding included; less where memory runs out.
         speed: Which work is spared.
         generator: Writes answers beside the scores; None: no answers.
@@ -41,18 +43,19 @@ class Classifier:
         self,
         model: Any,
         tokens: PromptTokenizer,
+        head: Head,
         *,
         batch_tokens: int,
         speed: SpeedSettings,
         generator: TextGenerator | None = None,
     ) -> None:
-        self._model, self._tokens, self._speed = model, tokens, speed
-        packed = speed_up(model, speed)
+        self._model, self._tokens, self._head, self._speed = model, tokens, head, speed
+        packed = speed_up(model, speed, every_state=head.reads_every_state)
         if speed.packing and not packed:
             kind = model.config.get_text_config().model_type
-            say(f"Rows are padded and read anew for each label: packing is not known for {kind}.")
+            say(f"Rows are padded, which is slower: packing is not known for {kind}.")
         shared = tokens.shared() if speed.shared_prefix else ()
-        self._scorer = LabelScorer(model, tokens.answers, pad_id=tokens.pad_id, packed=packed, shared=shared)
+        self._scorer = LabelScorer(model, head, pad_id=tokens.pad_id, packed=packed, shared=shared)
         self._device = model.device
         self._generator = generator
         self.batch_tokens = batch_tokens
@@ -74,7 +77,8 @@ class Classifier:
         device = choose_device()
         dtype = choose_dtype(settings.model.dtype, device)
         tokenizer = load_tokenizer(settings.model)
-        base = load_model(settings.model, dtype=dtype, device=device)
+        complete = folder is None
+        base = load_model(settings.model, dtype=dtype, device=device, labels=task.names, complete=complete)
         tokens = prompt_tokenizer(tokenizer, base, task, settings)
         model = base
         if folder is not None:
@@ -84,6 +88,7 @@ class Classifier:
         return cls(
             model,
             tokens,
+            make_head(settings.model, tokens),
             batch_tokens=settings.predict.batch_tokens,
             speed=settings.speed,
             generator=generator,
@@ -96,7 +101,7 @@ class Classifier:
             ArtifactError: A merged weight is no finite number in the base's type.
         """
         model = merge_adapter(self._model).eval()
-        return Classifier(model, self._tokens, batch_tokens=self.batch_tokens, speed=self._speed)
+        return Classifier(model, self._tokens, self._head, batch_tokens=self.batch_tokens, speed=self._speed)
 
     @memory_explained()
     def score(
@@ -130,7 +135,7 @@ class Classifier:
         Where memory runs out, all are scored anew in batches that fit: the scores are those that such batches would
         have given from the beginning.
         """
-        scores = np.empty((len(prompts), len(self._tokens.answers)), dtype=np.float32)
+        scores = np.empty((len(prompts), len(self._tokens.task.names)), dtype=np.float32)
 
         def keep(batch: Scored) -> None:
             scores[batch.rows] = batch.scores
@@ -164,7 +169,7 @@ class Classifier:
 
     def _score_parts(self, ids: Sequence[list[int]], budget: int) -> tuple[np.ndarray, list[str] | None]:
         """Return scores and generated answers of a batch's rows, in parts where the budget is less than theirs."""
-        scores = np.empty((len(ids), len(self._tokens.answers)), dtype=np.float32)
+        scores = np.empty((len(ids), len(self._tokens.task.names)), dtype=np.float32)
         texts = [""] * len(ids)
         for part in self._plan(ids, budget):
             rows = [ids[number] for number in part]
@@ -193,4 +198,5 @@ def prompt_tokenizer(tokenizer: Any, base: Any, task: Task, settings: Settings) 
     """Return what tokenises prompts for a base: the settings' length, or the base's own where that is less."""
     limit = context_length(base.config)
     max_length = min(settings.data.max_length, limit) if limit else settings.data.max_length
-    return PromptTokenizer(tokenizer, task, max_length=max_length, cut=settings.data.cut)
+    words = settings.model.head == "label-words"
+    return PromptTokenizer(tokenizer, task, max_length=max_length, cut=settings.data.cut, words=words)

@@ -12,6 +12,7 @@ import torch
 
 from llm_clf.engine.kernels import rms_norm, rotate, silu_gate, silu_gate_joined
 from llm_clf.engine.lora import adapted_linears
+from llm_clf.engine.parts import unwrapped
 
 # Whether the two numbers that are turned together stand side by side.
 INTERLEAVED = {"glm": True, "llama": False, "mistral": False, "qwen2": False, "qwen3": False}
@@ -55,13 +56,11 @@ def _fused(kind: type, interleaved: bool) -> type:
 
 def ends_short(model: Any) -> bool:
     """Whether a model's last layer leaves the wanted places only."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return bool(hasattr(base, "model") and getattr(_layers(model)[-1], "ends_short", False))
+    return bool(hasattr(unwrapped(model), "model") and getattr(_layers(model)[-1], "ends_short", False))
 
 
 def _layers(model: Any) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.layers
+    return unwrapped(model).model.layers
 
 
 def _forward(

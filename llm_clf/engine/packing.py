@@ -18,6 +18,7 @@ import torch
 from llm_clf.engine import flex
 from llm_clf.engine.attention import CHUNK, Chunk, RowPlan, attend
 from llm_clf.engine.decoder import ends_short
+from llm_clf.engine.parts import backbone, unwrapped
 from llm_clf.engine.transfer import to_device
 
 # Families whose attention goes through the interface with the forward's own arguments; each is tested.
@@ -34,16 +35,21 @@ class Beginning:
     tokens: int
     layers: list[KeysAndValues]
     """Keys and values by layer, each of shape `(tokens, key-value heads, head width)`."""
+    total: torch.Tensor | None = None
+    """Sum of the last layer's states over the tokens, fp32, shape `(width,)`; None where nobody asked for it."""
 
     def leaves(self) -> "Beginning":
         """Return the same values cut off from what made them: gradients gather on them."""
         cut = [(key.detach().requires_grad_(), value.detach().requires_grad_()) for key, value in self.layers]
-        return Beginning(self.tokens, cut)
+        total = self.total.detach().requires_grad_() if self.total is not None else None
+        return Beginning(self.tokens, cut, total)
 
     def backward(self, leaves: "Beginning") -> None:
         """Send the gradients that gathered on the leaves on to what made the values."""
         pairs = zip(self.layers, leaves.layers, strict=True)
         both = [(tensor, leaf.grad) for made, cut in pairs for tensor, leaf in zip(made, cut, strict=True)]
+        if self.total is not None and leaves.total is not None:
+            both.append((self.total, leaves.total.grad))
         # Without an adapter on keys or values the first layer's do not depend on any.
         reached = [(tensor, grad) for tensor, grad in both if tensor.requires_grad and grad is not None]
         if reached:
@@ -156,19 +162,21 @@ def enable_packing(model: Any) -> None:
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(NAME)
+    unwrapped(model).set_attn_implementation(NAME)
 
 
-def read_beginning(model: Any, ids: Sequence[int]) -> Beginning:
-    """Return the keys and values of tokens that all rows begin with.
+def read_beginning(model: Any, ids: Sequence[int], *, summed: bool = False) -> Beginning:
+    """Return the keys and values of tokens that all rows begin with, and where `summed` the sum of their states.
 
     Dropout is off, also in training: the rows that share the tokens would share one mask.
     """
     if not ids:
         return NOTHING
-    layout = _read(model, [Row(ids)], NOTHING, [[len(ids) - 1]], NO_ANSWERS)[1]
-    return Beginning(len(ids), [layout.kept[layer] for layer in sorted(layout.kept)])
+    inputs, layout = _lay_out(model, [Row(ids)], NOTHING, [[len(ids) - 1]], NO_ANSWERS)
+    states = _states(model, inputs)
+    layers = [layout.kept[layer] for layer in sorted(layout.kept)]
+    assert not (summed and ends_short(model))
+    return Beginning(len(ids), layers, states.sum(dim=0, dtype=torch.float32) if summed else None)
 
 
 def packed_logits(
@@ -181,18 +189,40 @@ def packed_logits(
     """Return logits at some places of each row, shape `(places of all rows, vocabulary)`, rows in their order.
 
     Args:
-        model: A model with `enable_packing`.
+        model: A causal language model with `enable_packing`.
         rows: What follows the beginning.
         beginning: Of `read_beginning`, or NOTHING.
         wanted: Places by row, counted from 0 behind the beginning, nodes included.
         answers: How nodes see each other; the same tree for every row.
     """
-    return _read(model, rows, beginning, wanted, answers)[0]
+    inputs, layout = _lay_out(model, rows, beginning, wanted, answers)
+    # A short last layer leaves the wanted places only; 0 keeps all that there are.
+    logits: torch.Tensor = model(**inputs, logits_to_keep=0 if ends_short(model) else layout.places).logits
+    return logits[0]
 
 
-def _read(
+def packed_states(
+    model: Any, rows: Sequence[Row], beginning: Beginning, wanted: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Return the states that a head would read at some places of each row, shape `(places of all rows, width)`.
+
+    The arguments are those of `packed_logits`; the model may have any head.
+    """
+    inputs, layout = _lay_out(model, rows, beginning, wanted, NO_ANSWERS)
+    states = _states(model, inputs)
+    return states if ends_short(model) else states[layout.places]
+
+
+def every_state(model: Any, rows: Sequence[Row], beginning: Beginning) -> torch.Tensor:
+    """Return the states of all tokens of all rows, shape `(tokens, width)`; no last layer may be short."""
+    assert not ends_short(model)
+    return _states(model, _lay_out(model, rows, beginning, [() for _ in rows], NO_ANSWERS)[0])
+
+
+def _lay_out(
     model: Any, rows: Sequence[Row], beginning: Beginning, wanted: Sequence[Sequence[int]], answers: AnswerShape
-) -> tuple[torch.Tensor, Layout]:
+) -> tuple[dict[str, Any], Layout]:
+    """Return what a forward over packed rows is given, and the layout that is part of it."""
     masks = _Masks(model, answers)
     ids: list[int] = []
     positions: list[int] = []
@@ -207,26 +237,26 @@ def _read(
         end = beginning.tokens + len(row.ids)
         positions += [*range(beginning.tokens, end), *(end + depth for depth in answers.depths[: len(row.nodes)])]
         places += [span.start + place for place in some]
+    device = model.device
     blocks = None
     if len(rows) > 1 and flex.suits(model):
-        blocks = flex.packed_blocks(spans, beginning.tokens, answers.seen, model.device)
-    layout = Layout(beginning, all_places, wanted_places, to_device(places, model.device), blocks)
-    return _forward(model, ids, positions, layout), layout
-
-
-def _forward(model: Any, ids: list[int], positions: list[int], layout: Layout) -> torch.Tensor:
-    device = model.device
-    logits: torch.Tensor = model(
-        input_ids=to_device([ids], device),
-        position_ids=to_device([positions], device),
+        blocks = flex.packed_blocks(spans, beginning.tokens, answers.seen, device)
+    layout = Layout(beginning, all_places, wanted_places, to_device(places, device, torch.long), blocks)
+    inputs = {
+        "input_ids": to_device([ids], device),
+        "position_ids": to_device([positions], device),
         # Four dimensions: transformers takes it as made, and makes none of its own; attention looks at the layout.
-        attention_mask=torch.empty(1, 1, 0, 0, device=device),
-        # A short last layer leaves the wanted places only; 0 keeps all that there are.
-        logits_to_keep=0 if ends_short(model) else layout.places,
-        use_cache=False,
-        layout=layout,
-    ).logits
-    return logits[0]
+        "attention_mask": torch.empty(1, 1, 0, 0, device=device),
+        "use_cache": False,
+        "layout": layout,
+    }
+    return inputs, layout
+
+
+def _states(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the states that the last layer leaves, shape `(places, width)`: all, or where it is short the wanted."""
+    states: torch.Tensor = backbone(model)(**inputs).last_hidden_state
+    return states[0]
 
 
 class _Masks:

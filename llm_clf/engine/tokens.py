@@ -26,6 +26,19 @@ class Example:
     """Whether the row's text was cut to fit."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingExample:
+    """A prompt with the answer that it should get."""
+
+    ids: list[int]
+    """Token ids of the prompt."""
+    answer: list[int]
+    """What should follow, the last item predicted and never read: the token ids of the label's words with the end
+    token; for a linear head the number of the label alone."""
+    weight: float
+    """Share in the loss, by its label's class weight."""
+
+
 class PromptTokenizer:
     """Turns prompts into token ids, and labels into the token sequences of their words with the end token.
 
@@ -34,13 +47,16 @@ class PromptTokenizer:
         task: Gives the instruction, the template and the labels.
         max_length: Most tokens of a prompt with its longest answer.
         cut: The column that gives way in a longer row; None: the end of the input.
+        words: Whether labels are told by their words; else these are not tokenised, and no room is kept for them.
 
     Raises:
         LabelError: Two labels have the same tokens.
         ConfigError: The instruction alone leaves no room for any text.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, *, max_length: int, cut: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, task: Task, *, max_length: int, cut: str | None = None, words: bool = True
+    ) -> None:
         if cut is not None and cut not in task.columns:
             raise ConfigError(f"data.cut {cut!r}: is no column of the task; these are {', '.join(task.columns)}.")
         self.task = task
@@ -48,9 +64,9 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._cut = cut or task.cut
         self._head, self._before, self._after, self._tail = _frame(tokenizer)
-        self.answers = self._tokenize_labels()
+        self.answers = self._tokenize_labels() if words else []
         """Token sequences by label, then by word, each with the end token."""
-        self.max_prompt = max_length - max(len(word) for words in self.answers for word in words)
+        self.max_prompt = max_length - max((len(word) for words in self.answers for word in words), default=0)
         shortest = self._lengths([""])[0]
         if shortest >= self.max_prompt:
             raise ConfigError(
@@ -75,10 +91,6 @@ class PromptTokenizer:
         """
         texts = [self.task.render(dict.fromkeys(self.task.columns, text)) for text in PROBES]
         return common_beginning(self._encode_inputs(texts))
-
-    def answer(self, label: str) -> list[int]:
-        """Return the tokens that training teaches for a label, with the end token."""
-        return self.answers[self.task.names.index(label)][0]
 
     def _encode_inputs(self, inputs: Sequence[str]) -> list[list[int]]:
         texts = [f"{self._before}{self.task.instruction}\n{text}{self._after}" for text in inputs]

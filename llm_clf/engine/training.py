@@ -16,45 +16,24 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 
 from llm_clf.config import SpeedSettings, TrainSettings
 from llm_clf.console import progress, say
-from llm_clf.engine.batches import pad_left, plan_batches, plan_packed
+from llm_clf.engine.batches import plan_batches, plan_packed
 from llm_clf.engine.fitting import TRIED, TokenBudget, Work
-from llm_clf.engine.packing import (
-    Beginning,
-    Row,
-    common_beginning,
-    packed_logits,
-    read_beginning,
-    without_adapter_dropout,
-)
-from llm_clf.engine.scoring import forward_arguments, last_logits
+from llm_clf.engine.heads import Head
+from llm_clf.engine.packing import common_beginning, without_adapter_dropout
 from llm_clf.engine.speed import speed_up
-from llm_clf.engine.transfer import to_device
+from llm_clf.engine.tokens import TrainingExample
 from llm_clf.errors import ArtifactError, TrainingError
 from llm_clf.files import cannot_write, read_json, replace_folder, write_json
 from llm_clf.models.adapters import adapter_state, load_adapter_state, trainable
 
-IGNORED = -100
 MAX_GRAD_NORM = 1.0
 CHECKPOINT_SECONDS = 60.0
 LOWER_IS_BETTER = frozenset({"log_loss"})
 
 Evaluate = Callable[[], dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingExample:
-    """A prompt with the answer that it should get."""
-
-    ids: list[int]
-    """Token ids of the prompt."""
-    answer: list[int]
-    """Token ids of the answer, with the end token."""
-    weight: float
-    """Share in the loss, by its label's class weight."""
 
 
 @dataclass
@@ -78,6 +57,7 @@ class Progress:
 
 def train(
     model: Any,
+    head: Head,
     examples: Sequence[TrainingExample],
     settings: TrainSettings,
     speed: SpeedSettings,
@@ -95,6 +75,7 @@ def train(
 
     Args:
         model: The base with a fresh adapter.
+        head: Reads labels from the model.
         examples: What to learn, in the order of the prompts file.
         settings: The `train` section, without `auto`.
         speed: Which work is spared.
@@ -117,7 +98,7 @@ def train(
     due = _evaluation_steps(per_epoch, total, settings.eval_every) if evaluate else set()
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    gradients = _backward_of(model, examples, speed, pad_id, accelerator)
+    gradients = _backward_of(model, head, examples, speed, pad_id, accelerator)
 
     def shrunk(tokens: int) -> None:
         if state.step:
@@ -177,50 +158,19 @@ def row_weights(labels: Sequence[str], class_weights: str | dict[str, float] | N
     return [class_weights.get(label, 1.0) for label in labels]
 
 
-def answer_loss(model: Any, batch: Sequence[TrainingExample], pad_id: int, takes: frozenset[str]) -> torch.Tensor:
-    """Return the weighted sum over rows of the answer's negative log-likelihood in nats, a scalar in fp32.
-
-    Only the answer and its end token count, and only their logits are computed.
-    """
-    sequences = pad_left([[*example.ids, *example.answer] for example in batch], pad_id, model.device)
-    longest = max(len(example.answer) for example in batch)
-    targets = torch.full((len(batch), longest), IGNORED, dtype=torch.long)
-    for row, example in enumerate(batch):
-        targets[row, longest - len(example.answer) :] = torch.tensor(example.answer)
-    targets = to_device(targets, model.device)
-    # The last token is predicted and never predicts: one more place is kept, and the last one dropped.
-    logits = last_logits(model, sequences, longest + 1, takes)[:, :-1].float()
-    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    weights = to_device([example.weight for example in batch], model.device)
-    return (losses.view(len(batch), longest).sum(dim=1) * weights).sum()
-
-
-def packed_answer_loss(model: Any, batch: Sequence[TrainingExample], beginning: Beginning) -> torch.Tensor:
-    """Return the same as `answer_loss`, from rows that stand one behind another.
-
-    Args:
-        model: A model with `enable_packing`.
-        batch: Rows.
-        beginning: The tokens that all of them begin with, read before.
-    """
-    # The last token is predicted and never read.
-    rows = [Row([*example.ids, *example.answer[:-1]][beginning.tokens :]) for example in batch]
-    wanted = [range(len(row.ids) - len(example.answer), len(row.ids)) for row, example in zip(rows, batch, strict=True)]
-    logits = packed_logits(model, rows, beginning, wanted).float()
-    targets = to_device([token for example in batch for token in example.answer], logits.device)
-    weights = to_device([example.weight for example in batch for _ in example.answer], logits.device)
-    return (cross_entropy(logits, targets, reduction="none") * weights).sum()
-
-
 def _backward_of(
-    model: Any, examples: Sequence[TrainingExample], speed: SpeedSettings, pad_id: int, accelerator: Accelerator
+    model: Any,
+    head: Head,
+    examples: Sequence[TrainingExample],
+    speed: SpeedSettings,
+    pad_id: int,
+    accelerator: Accelerator,
 ) -> Work[TrainingExample, float]:
     """Return what adds up the gradients of one optimiser step in micro-batches, and gives its loss.
 
     The loss is the mean over the step's answers, weighted: how the step is cut does not change it.
     """
-    if not speed_up(model, speed):
-        takes = forward_arguments(model)
+    if not speed_up(model, speed, every_state=head.reads_every_state):
 
         def cut_padded(batch: Sequence[TrainingExample], budget: int) -> list[list[int]]:
             return plan_batches([len(example.ids) + len(example.answer) for example in batch], budget)
@@ -230,7 +180,7 @@ def _backward_of(
 
         def plain(batch: Sequence[TrainingExample], budget: int) -> float:
             return _add_up(
-                batch, cut_padded(batch, budget), lambda rows: answer_loss(model, rows, pad_id, takes), accelerator
+                batch, cut_padded(batch, budget), lambda rows: head.padded_loss(model, rows, pad_id), accelerator
             )
 
         return Work(cut_padded, padded, plain, model.zero_grad)
@@ -244,9 +194,9 @@ def _backward_of(
 
     def packed(batch: Sequence[TrainingExample], budget: int) -> float:
         with without_adapter_dropout(model):
-            made = read_beginning(model, shared)
+            made = head.read_beginning(model, shared)
         leaves = made.leaves()
-        loss = _add_up(batch, cut(batch, budget), lambda rows: packed_answer_loss(model, rows, leaves), accelerator)
+        loss = _add_up(batch, cut(batch, budget), lambda rows: head.packed_loss(model, rows, leaves), accelerator)
         # Where activations are computed again, that too is done without dropout.
         with without_adapter_dropout(model):
             made.backward(leaves)

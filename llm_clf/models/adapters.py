@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from llm_clf.config import LoraSettings, ModelSettings
 from llm_clf.errors import ArtifactError, ConfigError
 from llm_clf.files import cannot_write, read_json
+from llm_clf.models.heads import SCORE, SEQ_CLS, WEIGHT, has_linear_head, heads_of
 
 ALL_LINEAR = "all-linear"
 CONFIG = "adapter_config.json"
@@ -32,7 +33,8 @@ def new_adapter(model: Any, settings: LoraSettings, *, seed: int) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        # PEFT trains and saves the head of a sequence classification beside the adapter.
+        task_type=TaskType.SEQ_CLS if has_linear_head(model) else TaskType.CAUSAL_LM,
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
@@ -65,16 +67,16 @@ def _targets(model: Any, names: str | list[str]) -> str | list[str]:
 
 
 def _linear_names(model: Any) -> list[str]:
-    """Return the names of the base's linear layers, without the language-model head.
+    """Return the names of the base's linear layers, without its head.
 
     PEFT's own `all-linear` writes the full name of every layer into the adapter's config; a base with more layers
     would then take the adapter without a word.
     """
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    heads = heads_of(model)
     layers = (
-        name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D) and part is not head
+        name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D) and part not in heads
     )
     return sorted({name.rpartition(".")[2] for name in layers})
 
@@ -120,9 +122,8 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
 
     if not (folder / CONFIG).is_file():
         raise ArtifactError(f"{folder}: has no {CONFIG}, so it is no adapter.")
-    weights = adapter_weights(folder)
-    names = _weight_names(weights)
-    if is_legacy(names):
+    shapes = _weight_shapes(adapter_weights(folder))
+    if is_legacy(shapes):
         with TemporaryDirectory() as place:
             convert_adapter(folder, Path(place) / folder.name, model.config)
             return attach_adapter(model, Path(place) / folder.name, merge=merge, tokenizer=tokenizer)
@@ -131,6 +132,7 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
         raise ArtifactError(
             f"{folder / CONFIG}: found {type(config).__name__}, expected what PEFT writes. Copy it again."
         )
+    _require_same_head(folder, config, shapes, model)
     trained_on = config.get("base_model_name_or_path")
     this = f"{model.config.name_or_path} (the adapter was trained on {trained_on})"
     _require_same_tokenizer(folder, tokenizer, this)
@@ -141,7 +143,7 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool, tokenizer: Any) -> 
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder}: the adapter does not fit the base {this}: {reason}") from error
     # PEFT only warns of weights that find no place, and leaves those that are absent as they were drawn.
-    wrong = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) ^ names
+    wrong = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) ^ shapes.keys()
     if wrong:
         raise ArtifactError(
             f"{folder}: the adapter does not fit the base {this}: {len(wrong)} weights have no counterpart, first "
@@ -223,15 +225,41 @@ def adapter_weights(folder: Path) -> Path:
     return found
 
 
-def _weight_names(weights: Path) -> set[str]:
+def _weight_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's weights by their names."""
     try:
         if weights.suffix == ".safetensors":
             with safe_open(weights, framework="pt") as opened:
-                return set(opened.keys())
-        return set(torch.load(weights, map_location="meta", weights_only=True))
-    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        tensors = torch.load(weights, map_location="meta", weights_only=True)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    except (OSError, RuntimeError, ValueError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{weights}: is damaged: {reason}. Copy it again.") from error
+
+
+def _require_same_head(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], model: Any) -> None:
+    """Refuse an adapter that was trained to be read by another head than the model has."""
+    linear = has_linear_head(model)
+    if (config.get("task_type") == SEQ_CLS) != linear:
+        kinds = {True: "a linear head", False: "label words"}
+        raise ArtifactError(
+            f"{folder / CONFIG}: task_type {config.get('task_type')}, so the adapter was not trained for "
+            f"{kinds[linear]}. Set model.head to {'label-words' if linear else 'linear'}."
+        )
+    if not linear:
+        return
+    found = next((shape[0] for name, shape in shapes.items() if name.endswith(f".{WEIGHT}")), None)
+    if found is None:
+        raise ArtifactError(
+            f"{folder}: was trained for sequence classification, and holds no head ({WEIGHT}). Save it again with "
+            f"modules_to_save {SCORE}, or train again."
+        )
+    if found != model.config.num_labels:
+        raise ArtifactError(
+            f"{folder}: its head tells {found} labels apart, and the task has {model.config.num_labels}. Give the task "
+            "that it was trained on."
+        )
 
 
 def _require_same_tokenizer(folder: Path, tokenizer: Any, base: str) -> None:

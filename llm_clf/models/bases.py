@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llm_clf.models.chatglm.config import ROPE, family_of, is_chatglm, is_chatgl
 from llm_clf.models.chatglm.tokenizer import MODEL, build_tokenizer, end_ids
 from llm_clf.models.chatglm.weights import native_weights
 from llm_clf.models.devices import DTYPES
+from llm_clf.models.heads import SCORE, WEIGHT, classes_of, prepare_head, require_head_known
 from llm_clf.models.quantization import quantization_config, require_loaded, require_usable
 
 SHIPPED = Path(__file__).resolve().parent / DEFAULT_BASE
@@ -145,48 +147,75 @@ def _chatglm_tokenizer(base: ModelSettings, folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(base: ModelSettings, *, dtype: str, device: torch.device) -> Any:
-    """Return the base as a causal language model in evaluation mode, frozen, on the device.
+def load_model(
+    base: ModelSettings, *, dtype: str, device: torch.device, labels: Sequence[str] = (), complete: bool = False
+) -> Any:
+    """Return the base in evaluation mode, frozen, on the device: a causal language model, or one with a linear head.
 
     Args:
-        base: Name, quantisation and what an original ChatGLM leaves open.
+        base: Name, head, quantisation and what an original ChatGLM leaves open.
         dtype: Type of the weights, and of the computation where they are quantised: a name of DTYPES.
         device: Where to.
+        labels: What a linear head tells apart, in the task's order.
+        complete: Refuse a base whose files lack the linear head, which otherwise begins at zero.
 
     Raises:
         ArtifactError: It cannot be loaded, or its files do not hold all of its weights.
     """
-    from transformers import AutoModelForCausalLM, GlmForCausalLM
-
     base, folder = resolve_base(base)
-    options = {
-        "dtype": DTYPES[dtype],
-        "device_map": {"": device},
-        "output_loading_info": True,
-    }
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": device}, "output_loading_info": True}
     if base.quantization != "none":
-        options["quantization_config"] = quantization_config(base.quantization, DTYPES[dtype])
-    if folder is not None:
-        _fetch_weights(base.name, folder)
-        config = native_config(folder, rope_ratio=base.rope_ratio)
-        weights = native_weights(folder, config)
-        with loading_of(base.name, "model"):
-            model, report = GlmForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
-        _require_whole(base.name, report)
-        require_loaded(model, weights, base.name)
-        model.generation_config.eos_token_id = end_ids(folder, family=base.family)
-    else:
-        with loading_of(base.name, "model"):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                find_base(base.name), trust_remote_code=False, **options
-            )
-        _require_whole(base.name, report)
+        options["quantization_config"] = quantization_config(
+            base.quantization, DTYPES[dtype], [SCORE] if base.head == "linear" else None
+        )
+    load = _load_folder_or_id if folder is None else partial(_load_chatglm, folder=folder)
+    model, report = load(base, labels, options)
+    fresh = base.head == "linear" and WEIGHT in report["missing_keys"]
+    if fresh and complete:
+        raise ArtifactError(f"{base.name}: has no linear head ({WEIGHT}). Give a run, or an adapter with its head.")
+    _require_whole(base.name, report, but={WEIGHT} if fresh else set())
+    if base.head == "linear":
+        prepare_head(model, base.name, fresh=fresh)
     require_usable(model, base.quantization, base.name)
     return model.eval().requires_grad_(False)
 
 
-def _require_whole(name: str, report: Any) -> None:
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+def _load_folder_or_id(base: ModelSettings, labels: Sequence[str], options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a base of transformers, and what its files lacked."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM
+    if base.head == "linear":
+        require_head_known(base_config(base), base.name)
+        auto, options = AutoModelForSequenceClassification, options | classes_of(labels)
+    with loading_of(base.name, "model"):
+        loaded: tuple[Any, Any] = auto.from_pretrained(find_base(base.name), trust_remote_code=False, **options)
+    return loaded
+
+
+def _load_chatglm(
+    base: ModelSettings, labels: Sequence[str], options: dict[str, Any], *, folder: Path
+) -> tuple[Any, Any]:
+    """Return an original ChatGLM as the native network, and what its files lacked."""
+    from transformers import GlmForCausalLM, GlmForSequenceClassification
+
+    _fetch_weights(base.name, folder)
+    config = native_config(folder, rope_ratio=base.rope_ratio)
+    weights = native_weights(folder, config)
+    glm = GlmForCausalLM
+    if base.head == "linear":
+        glm = GlmForSequenceClassification
+        config.update(classes_of(labels))
+    with loading_of(base.name, "model"):
+        model, report = glm.from_pretrained(None, config=config, state_dict=weights, **options)
+    require_loaded(model, weights, base.name)
+    if base.head == "label-words":
+        model.generation_config.eos_token_id = end_ids(folder, family=base.family)
+    return model, report
+
+
+def _require_whole(name: str, report: Any, *, but: set[str]) -> None:
+    absent = sorted(report["missing_keys"] - but) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise ArtifactError(
             f"{name}: its files lack or mis-shape {len(absent)} weights, first {absent[0]}. Copy it again."

@@ -106,6 +106,7 @@ def plan_training(
             packed=settings.speed.packing,
             fast_lora=settings.speed.fast_lora,
             fused=settings.speed.fused_layers,
+            short=settings.speed.short_last_layer and settings.model.pooling == "last",
         )
         plan = Plan(budget, checkpointing, batch, found)
         if found.peak <= SHARE * free:

@@ -12,6 +12,7 @@ from typing import Any
 
 from llm_clf.config import ModelSettings
 from llm_clf.models.bases import base_config, loading_of
+from llm_clf.models.heads import classes_of, has_linear_head, heads_of, prepare_head, require_head_known
 
 MODES = ("fp32", "bf16", "fp16", "8bit", "4bit")
 QUANTIZED = ("8bit", "4bit")
@@ -52,7 +53,7 @@ class BaseShape:
     intermediate: int
     """Width inside the MLP."""
     vocabulary: int
-    """Tokens in the output embedding."""
+    """Tokens in the output embedding; labels of a linear head."""
     heads: int = 1
     """Attention heads."""
     groups: int = 1
@@ -119,6 +120,7 @@ def estimate(
     packed: bool = True,
     fast_lora: bool = True,
     fused: bool = True,
+    short: bool = True,
 ) -> Estimate:
     """Return the estimate of one mode of `MODES`.
 
@@ -134,6 +136,7 @@ def estimate(
         packed: Whether rows stand one behind another (`speed.packing`).
         fast_lora: Whether the adapter computes in the base's type (`speed.fast_lora`).
         fused: Whether layers take few passes (`speed.fused_layers`), taken to be so for every family.
+        short: Whether the last layer may leave out what nothing reads.
     """
     # A quantised layer has PEFT's own forward.
     fast, fused = fast_lora and mode not in QUANTIZED, fused and packed
@@ -143,7 +146,7 @@ def estimate(
     # With checkpointing each layer keeps its input only; one layer at a time is computed again and kept whole.
     kept = base.layers * batch.tokens * base.hidden * size + layer
     activations = kept if checkpointing else base.layers * layer
-    if fused and not checkpointing:
+    if fused and short and not checkpointing:
         # The last layer keeps its input, normed too, and the keys and values; all else at a few places only.
         keys = 2 * base.attention * base.groups // base.heads
         activations -= layer - (2 * base.hidden + keys) * batch.tokens * size
@@ -295,18 +298,29 @@ def largest_micro_batch(longest: int, mean: float, *, answer: int, batch_size: i
     return MicroBatch(tokens, min(batch_size, math.ceil(tokens / mean)), longest, answer)
 
 
-def empty_model(base: ModelSettings) -> Any:
+def empty_model(base: ModelSettings, labels: Sequence[str] = ()) -> Any:
     """Return the base as its config describes it, on the meta device: shapes without weights.
 
+    Args:
+        base: Its name and head.
+        labels: What a linear head tells apart.
+
     Raises:
-        ArtifactError: The config cannot be found, or is of no causal language model.
+        ArtifactError: The config cannot be found, or is of no model that can have such a head.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = base_config(base)
+    if base.head == "label-words":
+        with loading_of(base.name, "config"), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    require_head_known(config, base.name)
+    config.update(classes_of(labels))
     with loading_of(base.name, "config"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    prepare_head(model, base.name, fresh=True)
+    return model
 
 
 def base_shape(model: Any) -> BaseShape:
@@ -322,7 +336,7 @@ def base_shape(model: Any) -> BaseShape:
         attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         # Some configs (GPT-2, BLOOM) do not say it: there the MLP's second layer is the one with the most inputs.
         intermediate=getattr(config, "intermediate_size", None) or max((n for n, _ in linears), default=0),
-        vocabulary=config.vocab_size,
+        vocabulary=model.config.num_labels if has_linear_head(model) else config.vocab_size,
         heads=heads,
         groups=getattr(config, "num_key_value_heads", None) or heads,
     )
@@ -332,10 +346,10 @@ def _linears(model: Any) -> Sequence[tuple[int, int]]:
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
-    output = model.get_output_embeddings()
+    heads = heads_of(model)
     found = []
     for module in model.modules():
-        if isinstance(module, Linear) and module is not output:
+        if isinstance(module, Linear) and module not in heads:
             found.append((module.in_features, module.out_features))
         elif isinstance(module, Conv1D):
             inputs, outputs = module.weight.shape

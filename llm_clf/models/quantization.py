@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from llm_clf.errors import ArtifactError, ConfigError
+from llm_clf.models.heads import WEIGHT
 
 # Relative error of a whole weight, by Frobenius norm. NF4 of normally distributed weights has 0.09, int8 0.01; another
 # weight in its place has 1 or more.
@@ -16,23 +17,25 @@ SAMPLE = 64
 BLOCK = 64
 
 
-def quantization_config(mode: str, compute: torch.dtype) -> Any:
+def quantization_config(mode: str, compute: torch.dtype, whole: list[str] | None = None) -> Any:
     """Return what transformers needs to quantise while it loads.
 
     Args:
         mode: `8bit` (LLM.int8(), https://arxiv.org/abs/2208.07339) or `4bit` (NF4 with double quantisation,
             https://arxiv.org/abs/2305.14314).
         compute: What weights are unpacked to and multiplied in.
+        whole: Layers that stay as they are; None: the head of a causal language model, which transformers finds.
     """
     from transformers import BitsAndBytesConfig
 
     if mode == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=whole,
     )
 
 
@@ -62,6 +65,9 @@ def require_loaded(model: Any, weights: Mapping[str, torch.Tensor], name: str) -
         ArtifactError: A weight differs.
     """
     for key, parameter in model.named_parameters():
+        if key == WEIGHT:
+            # A linear head is no part of the checkpoint.
+            continue
         source = weights[key]
         if parameter.data_ptr() == source.data_ptr() and parameter.dtype == source.dtype:
             # A view of the mapped file, which need not be read.

@@ -10,8 +10,8 @@ from flops import useful_flops
 from comparison.ours import answers_of
 from comparison.tasks import MATMUL, OURS, TRAIN, kind_of
 from comparison.work import STEP_ROWS, Job, Row
+from llm_clf.engine.label_words import AnswerTree
 from llm_clf.engine.packing import common_beginning
-from llm_clf.engine.scoring import AnswerTree
 from llm_clf.models.memory import BaseShape
 
 

@@ -11,10 +11,11 @@ from flops import matmul_rate
 from comparison.meter import Marks, model_facts
 from comparison.work import STEP_ROWS, Job, Row, Work
 from llm_clf.config import Settings, load_settings
+from llm_clf.engine.label_words import LabelWords
 from llm_clf.engine.packing import common_beginning
 from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.speed import speed_up
-from llm_clf.engine.training import TrainingExample
+from llm_clf.engine.tokens import TrainingExample
 from llm_clf.engine.training import train as train_adapter
 from llm_clf.models.adapters import attach_adapter, new_adapter, save_adapter
 from llm_clf.models.bases import load_model, load_tokenizer, quiet_libraries
@@ -72,6 +73,7 @@ def train(work: Work) -> dict[str, Any]:
     with TemporaryDirectory(dir=work.folder) as checkpoints:
         state = train_adapter(
             model,
+            LabelWords([[answer] for answer in answers_of(work.rows())]),
             [TrainingExample(row.prompt, row.answer, 1.0) for row in work.rows()],
             settings.train,
             settings.speed,
@@ -96,9 +98,10 @@ def predict(work: Work) -> dict[str, Any]:
         model = attach_adapter(model, Path(job.adapter), merge=settings.predict.merge is True, tokenizer=tokenizer)
     rows = work.rows()
     prompts, answers = [row.prompt for row in rows], answers_of(rows)
+    head = LabelWords([[answer] for answer in answers])
     packed = speed_up(model, settings.speed)
     shared = common_beginning(prompts) if settings.speed.shared_prefix else []
-    scorer = LabelScorer(model, [[answer] for answer in answers], pad_id=PAD, packed=packed, shared=shared)
+    scorer = LabelScorer(model, head, pad_id=PAD, packed=packed, shared=shared)
     scorer.score(prompts[:2])
     scorer.start()
     scores = torch.empty(len(rows), len(answers))

@@ -22,6 +22,7 @@ from llm_clf.errors import ArtifactError
 from llm_clf.files import cannot_write, read_json, replace_folder, write_json, writing
 from llm_clf.models.adapters import CONFIG, WEIGHTS, adapter_weights
 from llm_clf.models.chatglm.weights import LAYER, QKV, qkv_sizes, read_shard, require_no_pointer
+from llm_clf.models.heads import SEQ_CLS
 
 DENSE, UP, DOWN = "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
 NATIVE = {
@@ -173,7 +174,9 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
     start = config.get("init_lora_weights")
     if start not in STARTS_BESIDE_THE_BASE:
         yield f"init_lora_weights {start!r}: it was trained beside a changed base. {MERGE_INSTEAD}"
-    if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+    if config.get("task_type") == SEQ_CLS:
+        yield f"task_type {SEQ_CLS}: its head is that of ChatGLM's own code. Fine-tune anew, with model.head linear."
+    elif config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         yield f"task_type {config['task_type']!r}: expected CAUSAL_LM. {MERGE_INSTEAD}"
     for key in ("lora_alpha", "r", "lora_dropout"):
         # The weights say the rank too; without dropout there was none.
