@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from llm_clf.commands.baseline_tfidf import baseline_tfidf
     from llm_clf.commands.build_prompts import build_prompts
     from llm_clf.commands.chat import chat
+    from llm_clf.commands.compare import compare
     from llm_clf.commands.doctor import doctor
     from llm_clf.commands.evaluate import evaluate
     from llm_clf.commands.finetune import finetune
@@ -20,6 +21,7 @@ __all__ = [
     "baseline_tfidf",
     "build_prompts",
     "chat",
+    "compare",
     "doctor",
     "evaluate",
     "finetune",

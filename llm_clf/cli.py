@@ -162,6 +162,24 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="File that predict wrote from labelled rows: A.")],
+    b: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Another one of the same rows: B.")],
+    metric: Annotated[str, typer.Option(help="The metric of the verdict.")] = "f1",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for comparison.json and flips.csv.")] = None,
+) -> None:
+    """Tell whether one of two predictions of the same rows is really better, and which rows flip.
+
+    Example: `llm-clf compare output/tfidf.parquet output/predictions.parquet --out output/comparison`
+    """
+    from llm_clf.commands import compare as command
+    from llm_clf.evaluation.tables import comparison_text
+
+    facts = command.compare(a, b, metric=metric, out=out)
+    print(f"A: {a}\nB: {b}\n{comparison_text(facts)}")
+
+
+@app.command()
 def chat(
     source: Annotated[
         Path | None, typer.Argument(metavar="[RUN|ADAPTER]", help="Run or adapter folder; none: the base alone.")

@@ -93,6 +93,7 @@ def test_run_folder_holds_what_the_contract_says(trained: tuple[Path, Path], bas
         "metrics.json",
         "predictions-valid.parquet",
         "log",
+        "trained-rows.npy",
     }
     facts = json.loads((run / "run.json").read_text())
     assert facts["kind"] == "lora" and facts["base"]["name"] == str(base) and len(facts["base"]["hash"]) == 64
