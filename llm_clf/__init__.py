@@ -6,11 +6,14 @@ if TYPE_CHECKING:
     from llm_clf.commands.baseline_tfidf import baseline_tfidf
     from llm_clf.commands.build_prompts import build_prompts
     from llm_clf.commands.chat import chat
+    from llm_clf.commands.compare import compare
     from llm_clf.commands.doctor import doctor
+    from llm_clf.commands.ensemble import ensemble
     from llm_clf.commands.evaluate import evaluate
     from llm_clf.commands.finetune import finetune
     from llm_clf.commands.import_adapter import import_adapter
     from llm_clf.commands.import_chatglm import import_chatglm
+    from llm_clf.commands.leaderboard import leaderboard
     from llm_clf.commands.merge import merge
     from llm_clf.commands.predict import predict
     from llm_clf.errors import LlmClfError
@@ -20,11 +23,14 @@ __all__ = [
     "baseline_tfidf",
     "build_prompts",
     "chat",
+    "compare",
     "doctor",
+    "ensemble",
     "evaluate",
     "finetune",
     "import_adapter",
     "import_chatglm",
+    "leaderboard",
     "merge",
     "predict",
 ]

@@ -9,7 +9,7 @@ import typer
 from llm_clf.errors import ConfigError, LlmClfError
 
 INTERRUPTED = 130
-RESUMABLE = {"finetune", "predict", "import-chatglm"}
+RESUMABLE = {"finetune", "predict", "ensemble", "import-chatglm"}
 
 app = typer.Typer(
     name="llm-clf",
@@ -31,6 +31,7 @@ Rows = Annotated[
     list[Path],
     typer.Argument(help="CSV, TSV, JSONL, JSON or Parquet (also .gz), or prompts files; - is standard input."),
 ]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs of one task, of any kind.")]
 Encoding = Annotated[str, typer.Option(help="Encoding of text files, such as gb18030.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
 Set = Annotated[
@@ -162,6 +163,24 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="File that predict wrote from labelled rows: A.")],
+    b: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Another one of the same rows: B.")],
+    metric: Annotated[str, typer.Option(help="The metric of the verdict.")] = "f1",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for comparison.json and flips.csv.")] = None,
+) -> None:
+    """Tell whether one of two predictions of the same rows is really better, and which rows flip.
+
+    Example: `llm-clf compare output/tfidf.parquet output/predictions.parquet --out output/comparison`
+    """
+    from llm_clf.commands import compare as command
+    from llm_clf.evaluation.tables import comparison_text
+
+    facts = command.compare(a, b, metric=metric, out=out)
+    print(f"A: {a}\nB: {b}\n{comparison_text(facts)}")
+
+
+@app.command()
 def chat(
     source: Annotated[
         Path | None, typer.Argument(metavar="[RUN|ADAPTER]", help="Run or adapter folder; none: the base alone.")
@@ -197,6 +216,57 @@ def baseline_tfidf(
     from llm_clf.commands import baseline_tfidf as command
 
     command.baseline_tfidf(data, out=out, set=set or (), resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def ensemble(
+    runs: Runs,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Prompts whose validation rows choose the weights.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="mean|log-odds|stacking",
+            help="Weighted mean of probabilities or of log-odds, or logistic regression on top.",
+        ),
+    ] = "mean",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Combine runs into one, with weights chosen on validation rows, and test whether that is better than the best.
+
+    Example: `llm-clf ensemble output/tfidf output/run --data output/prompts --out output/ensemble`
+    """
+    from llm_clf.commands import ensemble as command
+
+    command.ensemble(
+        runs,
+        data=data,
+        out=out,
+        method=method,  # type: ignore[arg-type]
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def leaderboard(
+    runs: Runs,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Prompts whose rows all runs are measured on.")],
+    split: Annotated[str, typer.Option(metavar="test|valid", help="Which rows of DIR.")] = "test",
+    metric: Annotated[str, typer.Option(help="The metric by which runs are sorted.")] = "f1",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for leaderboard.csv, .json and .md, and for the predictions."),
+    ] = None,
+) -> None:
+    """Measure runs on the same rows: one table of quality, speed and size, and which are really worse than the best.
+
+    Example: `llm-clf leaderboard output/tfidf output/run --data output/prompts --out output/leaderboard`
+    """
+    from llm_clf.commands import leaderboard as command
+
+    print(command.leaderboard_text(command.leaderboard(runs, data=data, split=split, metric=metric, out=out)))
 
 
 @app.command()

@@ -145,6 +145,14 @@ def replacing(place: Path) -> Iterator[Path]:
         raise
 
 
+def remove(place: Path) -> None:
+    """Remove a file or a folder with all that is in it, where there is one."""
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
 def replace_folder(finished: Path, place: Path) -> None:
     """Move the folder `finished` to `place`; what stood there is removed only after the move."""
     old = place.with_name(f".{place.name}.old")

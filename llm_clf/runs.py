@@ -7,22 +7,28 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llm_clf.config import Settings, load_settings
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
-from llm_clf.files import file_hash, partial_name, read_json, require_free, write_json, write_yaml
+from llm_clf.files import file_hash, partial_name, read_json, replacing, require_free, write_json, write_yaml
+from llm_clf.prompting.duplicates import text_key
+from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task, load_task
 
 FORMAT = 1
 ADAPTER, TASK, CONFIG, RUN, METRICS = "adapter", "task.yaml", "config.yaml", "run.json", "metrics.json"
 VALID_PREDICTIONS, LOG, CHECKPOINTS = "predictions-valid.parquet", "log", "checkpoints"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-LORA, TFIDF = "lora", "tfidf"
+TRAINED_ROWS = "trained-rows.npy"
+LORA, TFIDF, ENSEMBLE = "lora", "tfidf", "ensemble"
 PACKAGES = ("llm-clf", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -41,6 +47,7 @@ class Kind:
 KINDS = {
     LORA: Kind("finetune", f"{ADAPTER}/{ADAPTER_WEIGHTS}", ("base", "adapter")),
     TFIDF: Kind("baseline tfidf", "model.skops", ("model",)),
+    ENSEMBLE: Kind("ensemble", "ensemble.json", ("ensemble",)),
 }
 
 
@@ -86,6 +93,21 @@ def require_run_place(place: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{place}: is no run, so --overwrite leaves it alone. Give another --out.")
 
 
+def require_no_run(folder: Path, what: str) -> None:
+    """Refuse a folder that figures cannot be put into; it need not be there yet.
+
+    Args:
+        folder: Where to.
+        what: The file that is to be written, for the message.
+
+    Raises:
+        ConfigError: It is a file, or a run, whose figures are its own.
+    """
+    if folder.exists() and (is_run(folder) or not folder.is_dir()):
+        found = "is a run, and its figures are those of its own validation" if is_run(folder) else "is a file"
+        raise ConfigError(f"--out {folder}: {found}. Give another folder for {what}.")
+
+
 def is_finished(place: Path, kind: str) -> bool:
     """Whether a run of this kind is there already, so that `--resume` has nothing to do.
 
@@ -118,6 +140,33 @@ def save_inputs(folder: Path, task: Task, settings: dict[str, Any]) -> None:
 def save_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write run.json; with it a run is whole."""
     write_json(folder / RUN, {"format": FORMAT, **facts})
+
+
+def save_trained_rows(folder: Path, prompts: Iterable[Prompt]) -> None:
+    """Write which rows a run learned from, so that it can be told later whether it saw others: 8 bytes a row."""
+    with replacing(folder / TRAINED_ROWS) as temporary, open(temporary, "wb") as opened:
+        np.save(opened, np.unique(_row_hashes(prompts)), allow_pickle=False)
+
+
+def count_trained_rows(folder: Path, prompts: Iterable[Prompt]) -> int | None:
+    """Return how many of some rows a run learned from, by their texts; None where it does not tell.
+
+    Raises:
+        ArtifactError: The run's record is damaged.
+    """
+    file = folder / TRAINED_ROWS
+    if not file.is_file():
+        return None
+    try:
+        trained = np.load(file, allow_pickle=False)
+        return int(np.isin(_row_hashes(prompts), trained.astype(np.uint64, casting="safe")).sum())
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ArtifactError(f"{file}: is damaged: {error}. Copy the whole run again, or train again.") from error
+
+
+def _row_hashes(prompts: Iterable[Prompt]) -> NDArray[np.uint64]:
+    """Return 64 bits of each text; texts that differ only in Unicode form or white space are one, as in a split."""
+    return np.array([int.from_bytes(text_key(prompt.input)[:8], "little") for prompt in prompts], dtype=np.uint64)
 
 
 def load_run(folder: Path) -> Run:

@@ -1,17 +1,21 @@
 """What a prediction comes from: a run, a bare adapter or a base, and how each becomes something that scores prompts."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
 from llm_clf.engine.scores import Scorer
-from llm_clf.errors import ConfigError
+from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.files import file_hash, read_json
 from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import CONFIG, LORA, TFIDF, Run, is_run, load_run
+from llm_clf.runs import CONFIG, ENSEMBLE, LORA, TFIDF, Run, is_run, load_run
+
+if TYPE_CHECKING:
+    from llm_clf.baselines.ensemble import Combination
 
 
 class Source(Protocol):
@@ -110,7 +114,22 @@ class TfidfSource:
         return TfidfScorer(load_pipeline(self.model), self.task.names)
 
 
-def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> Source:
+@dataclass(frozen=True, slots=True)
+class EnsembleSource:
+    """Several models of one task, and how their scores become one; each member scores all rows by itself."""
+
+    generates: ClassVar[bool] = False
+
+    members: tuple[tuple[Path, Source], ...]
+    """Each with the folder of its run."""
+    combination: "Combination"
+    task: Task
+
+
+AnySource = Source | EnsembleSource
+
+
+def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> AnySource:
     """Return what to predict with: a run of any kind, or a bare adapter with the task and the base given.
 
     Raises:
@@ -133,21 +152,84 @@ def head_of_adapter(folder: Path) -> str:
     return f"model.head={'linear' if linear else 'label-words'}"
 
 
-def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> Source:
+def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> AnySource:
     """Return what a run is to predict with, by its kind."""
     if task is not None:
         raise ConfigError(f"{run.folder}: is a run and has its own task; leave out --task.")
-    if run.kind == LORA:
-        if changes:
-            run = replace(run, settings=_changed(run, changes))
-        return LoraSource(run.adapter, run.task, run.settings, run)
-    if changes:
+    if run.kind == LORA and changes:
+        run = replace(run, settings=_changed(run, changes))
+    elif changes:
         raise ConfigError(
             f"{run.folder}: is a run of kind {run.kind}, which has no base and no settings of a prediction; leave out "
             "--model and --set."
         )
+    return run_source(run)
+
+
+def run_source(run: Run) -> AnySource:
+    """Return what a run predicts with, as it was made.
+
+    Raises:
+        ArtifactError: It is an ensemble, and a member is missing or another one now.
+    """
+    return _ensemble_source(run) if run.kind == ENSEMBLE else member_source(run)
+
+
+def member_source(run: Run) -> Source:
+    """Return what a run of any kind but an ensemble predicts with."""
+    if run.kind == LORA:
+        return LoraSource(run.adapter, run.task, run.settings, run)
     assert run.kind == TFIDF
     return TfidfSource(run.learned, run.task)
+
+
+def ensemble_members(place: Path, members: Sequence[Run]) -> list[dict[str, str]]:
+    """Return what the ensemble at `place` stores of its members: each by its path from there and by what it learned."""
+    return [
+        {"run": os.path.relpath(run.folder, place), "kind": run.kind, "learned": file_hash(run.learned)}
+        for run in members
+    ]
+
+
+def _ensemble_source(run: Run) -> EnsembleSource:
+    """Return the members that an ensemble was made of.
+
+    Raises:
+        ArtifactError: Its file is damaged, or a member was moved or is another one now.
+    """
+    from llm_clf.baselines.ensemble import combination_of
+
+    facts = read_json(run.learned)
+    try:
+        combination = combination_of(facts, len(facts["members"]), len(run.task.names))
+        stored = [(str(one["run"]), one["learned"]) for one in facts["members"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{run.learned}: is not what `llm-clf ensemble` wrote: {error}. Make the ensemble again."
+        ) from error
+    found = [_member(run.folder, path, learned) for path, learned in stored]
+    return EnsembleSource(tuple((one.folder, member_source(one)) for one in found), combination, run.task)
+
+
+def _member(ensemble: Path, path: str, learned: Any) -> Run:
+    """Return a member, which must be what it was when the ensemble was made."""
+    folder = Path(os.path.normpath(ensemble / path))
+    made = f"{ensemble}: was made of the run {folder}"
+    if not folder.exists():
+        raise ArtifactError(
+            f"{made}, and nothing is there. Move it back; an ensemble finds its members by their place beside it, so "
+            "move all of them together. Or make the ensemble again."
+        )
+    try:
+        run = load_run(folder)
+    except LlmClfError as error:
+        raise ArtifactError(f"{made}, which cannot be used: {error}") from error
+    if file_hash(run.learned) != learned:
+        raise ArtifactError(
+            f"{made}, and what is there now has learned something else. Put the former run back, or make the ensemble "
+            "again."
+        )
+    return run
 
 
 def _changed(run: Run, changes: Sequence[str]) -> Settings:

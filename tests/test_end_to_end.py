@@ -94,6 +94,7 @@ def test_run_folder_holds_what_the_contract_says(trained: tuple[Path, Path], bas
         "metrics.json",
         "predictions-valid.parquet",
         "log",
+        "trained-rows.npy",
     }
     facts = json.loads((run / "run.json").read_text())
     assert facts["kind"] == "lora" and facts["base"]["name"] == str(base) and len(facts["base"]["hash"]) == 64
@@ -531,14 +532,14 @@ def test_rows_that_change_while_they_are_predicted_are_not_paired_with_other_sco
     rows = tmp_path / "rows.csv"
     lines = ["uuid,title,abstract", *(f"a{9 - number},heart {number},lung" for number in range(6))]
     rows.write_text("\n".join(lines), encoding="utf-8")
-    surveyed = predict_command._survey
+    surveyed = predict_command.survey_rows
 
     def survey(prompts: object) -> object:
         found = surveyed(prompts)
         rows.write_text("\n".join([lines[0], *change(lines[1:])]), encoding="utf-8")
         return found
 
-    monkeypatch.setattr(predict_command, "_survey", survey)
+    monkeypatch.setattr(predict_command, "survey_rows", survey)
     with pytest.raises(DataError, match="changed while they were predicted"):
         llm_clf.predict(trained[1], rows, out=tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()

@@ -45,6 +45,7 @@ with open("predictions.csv", "w", encoding="utf-8") as rows:
     rows.writelines(f"{n},{n % 2},{1 - n % 2},{n % 2},ok,false,{n % 2}\\n" for n in range(20))
 run("build-prompts", "rows.csv", "--task", "medical_paper", "--out", "prompts")
 run("evaluate", "predictions.csv", "--out", "report")
+run("compare", "predictions.csv", "predictions.csv", "--out", "comparison")
 print("loaded:", *sorted(set(sys.modules) & set(sys.argv[1:])))
 """
 
@@ -93,7 +94,7 @@ def test_importing_the_command_line_loads_nothing_heavy(tmp_path: Path) -> None:
     assert in_fresh_python(code, tmp_path, *HEAVY, "numpy", "sklearn", "pyarrow", "pydantic") == "loaded:\n"
 
 
-def test_build_prompts_and_evaluate_load_no_torch(tmp_path: Path) -> None:
+def test_build_prompts_evaluate_and_compare_load_no_torch(tmp_path: Path) -> None:
     shown = in_fresh_python(RUN_LIGHT_COMMANDS, tmp_path, *HEAVY)
     assert shown.splitlines()[-1] == "loaded:"
     assert (tmp_path / "prompts" / "train.jsonl").is_file() and (tmp_path / "report" / "metrics.json").is_file()

@@ -96,6 +96,7 @@ def test_the_run_folder_is_like_any_other(made: Path) -> None:
         "predictions-valid.parquet",
         "model.skops",
         "features.csv",
+        "trained-rows.npy",
     }
     facts = facts_of(run)
     assert facts["kind"] == "tfidf" and facts["name"] == "run" and facts["seed"] == 42

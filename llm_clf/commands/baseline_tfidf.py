@@ -39,6 +39,7 @@ from llm_clf.runs import (
     run_metrics,
     save_facts,
     save_inputs,
+    save_trained_rows,
     task_facts,
 )
 from llm_clf.sources import TfidfSource
@@ -145,6 +146,7 @@ def _make_run(data: TrainingData, settings: Settings, folder: Path) -> None:
     model = folder / KINDS[TFIDF].learned
     save_inputs(folder, data.task, {"train": {"seed": settings.train.seed}})
     save_pipeline(model, fitted.pipeline)
+    save_trained_rows(folder, data.train)
     _write_features(folder / FEATURES, features)
     if data.valid:
         predict_prompts(TfidfSource(model, data.task), data.valid, folder / VALID_PREDICTIONS)

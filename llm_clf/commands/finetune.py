@@ -41,6 +41,7 @@ from llm_clf.runs import (
     run_metrics,
     save_facts,
     save_inputs,
+    save_trained_rows,
     task_facts,
 )
 
@@ -189,6 +190,7 @@ def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: 
     choice, fits = score_validation(settings, data.task, data.valid, folder)
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
     save_inputs(folder, data.task, settings_to_dict(settings.merging(choice.merged)))
+    save_trained_rows(folder, data.train)
     facts = {
         "kind": LORA,
         "name": folder.name.removesuffix(".partial"),

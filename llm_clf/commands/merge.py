@@ -14,7 +14,7 @@ from llm_clf.config import Settings, load_settings
 from llm_clf.console import say
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.errors import ArtifactError, ConfigError, DataError
-from llm_clf.evaluation.metrics import compute_metrics
+from llm_clf.evaluation.intervals import measure
 from llm_clf.evaluation.tables import changes_text
 from llm_clf.files import (
     cannot_write,
@@ -274,10 +274,7 @@ def _measure(run: Run, valid: list[Prompt], settings: Settings, folder: Path) ->
         raise ArtifactError(
             f"{run.folder / VALID_PREDICTIONS}: is not what finetune wrote. Copy the whole run again, or train again."
         )
-    metrics = {
-        name: compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
-        for name, table in (("run", before), ("merged", after))
-    }
+    metrics = {"run": measure(before), "merged": measure(after)}
     changes = {
         "rows": len(valid),
         "labels_changed": sum(one != other for one, other in zip(before.predicted, after.predicted, strict=True)),

@@ -1,16 +1,14 @@
 """Rows to a predictions file: a label and a probability for each label, resumable."""
 
-import hashlib
-import json
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from llm_clf.commands.scoring import Decode, Unchanged, score_rows, survey_rows
 from llm_clf.config import load_settings
-from llm_clf.console import progress, say
+from llm_clf.console import say
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.decisions.parsing import AnswerParser
 from llm_clf.decisions.predictions import (
@@ -23,26 +21,14 @@ from llm_clf.decisions.predictions import (
     prediction_columns,
     write_predictions,
 )
-from llm_clf.engine.journal import Journal
-from llm_clf.engine.scores import Scored, Scorer
+from llm_clf.engine.scores import AllScored, Scorer
 from llm_clf.errors import ConfigError, DataError
-from llm_clf.files import locked, partial_name, path_of, require_apart, require_free
+from llm_clf.files import locked, partial_name, path_of, remove, require_apart, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
 from llm_clf.prompting.tasks import Task
 from llm_clf.runs import CONFIG, Run
-from llm_clf.sources import LoraSource, Source, find_source
-
-Decode = Literal["score", "generate"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    """What one pass over the rows tells before any model is loaded."""
-
-    rows: int
-    digest: str
-    columns: list[str]
+from llm_clf.sources import AnySource, LoraSource, find_source
 
 
 def predict(
@@ -94,7 +80,7 @@ def predict(
     unfinished = _unfinished(place, [run, *given], resume=resume, overwrite=overwrite)
     if unfinished is not None and resume and place.exists():
         say(f"{place} is finished; nothing to do.")
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
         return {}
     with locked(place) if unfinished is not None else nullcontext():
         if unfinished is not None and unfinished.exists() and not (resume or overwrite):
@@ -113,7 +99,7 @@ def predict(
             )
 
 
-def _why_silent(source: Source) -> str:
+def _why_silent(source: AnySource) -> str:
     return "it reads labels by a linear head" if isinstance(source, LoraSource) else "it is no language model"
 
 
@@ -144,7 +130,7 @@ def _say_merged_otherwise(run: Run) -> None:
 
 
 def predict_prompts(
-    source: Source,
+    source: AnySource,
     prompts: Iterable[Prompt],
     out: Path,
     *,
@@ -159,7 +145,7 @@ def predict_prompts(
 
     Args:
         source: What to predict with.
-        prompts: In input order; iterated three times.
+        prompts: In input order; iterated three times, for an ensemble once more for each member.
         out: The predictions file.
         decode: Whether the label is the most probable one, or what a generated answer means.
         columns: What to write; None: all columns of predictions.
@@ -168,42 +154,31 @@ def predict_prompts(
         resume: Go on with the journal that is there.
         scorer: The source loaded; None: it is when all rows have been read once.
     """
-    survey = _survey(prompts)
+    survey = survey_rows(prompts)
     if survey.rows == 0:
         raise DataError("ROWS: there is no row below the names of the columns, so nothing to predict. Give some rows.")
-    prompts = _Unchanged(prompts, survey)
+    prompts = Unchanged(prompts, survey)
     names = source.task.names
     chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns, fill or ())
 
-    key = _job_key(source, survey.digest, decode)
-    with Journal(journal, key=key, rows=survey.rows, labels=len(names), resume=resume) as scored:
-        before, started = len(scored.finished), time.monotonic()
-        fits = source.batch_tokens
-        if before:
-            say(f"Going on: {before:,} of {survey.rows:,} rows are there.")
-        if before < survey.rows:
-            scorer = scorer or source.load(generate=decode == "generate")
-            started = time.monotonic()
-            with progress("predicting", survey.rows, "rows", done=before) as advance:
-
-                def done(batch: Scored) -> None:
-                    scored.record(batch)
-                    advance(len(batch.rows))
-
-                fits = scorer.score(prompts, done, scored.finished, fits=scored.fits, found=scored.shrink)
-        seconds = time.monotonic() - started
-        predictions = _predictions(prompts, scored, source.task, decode)
-        write_predictions(out, predictions, labels=names, columns=chosen, fill=fill)
-        cut = int(scored.cut.sum())
-        agreement = {"agreement": _agreement(scored, source.task)} if decode == "generate" else {}
+    found = score_rows(source, prompts, survey, decode=decode, journal=journal, resume=resume, scorer=scorer)
+    scored = found.scored
+    write_predictions(out, _predictions(prompts, scored, source.task, decode), labels=names, columns=chosen, fill=fill)
+    agreement = {"agreement": _agreement(scored, source.task)} if decode == "generate" else {}
     if journal is not None:
-        journal.unlink(missing_ok=True)
-    speed = (survey.rows - before) / max(seconds, 1e-9)
+        remove(journal)
+    cut, speed = int(scored.cut.sum()), found.rows / max(found.seconds, 1e-9)
     say(f"{survey.rows:,} rows predicted, {cut:,} of them cut to fit; {speed:.1f} rows/s.")
     if agreement:
         _say_agreement(agreement["agreement"])
-    figures = {"rows": survey.rows, "cut": cut, "seconds": round(seconds, 3), "rows_per_second": round(speed, 2)}
-    return figures | {"batch_tokens": fits} | agreement
+    figures = {"rows": survey.rows, "cut": cut, "seconds": round(found.seconds, 3), "rows_per_second": round(speed, 2)}
+    return figures | {"batch_tokens": found.batch_tokens} | agreement
+
+
+def write_scored(out: Path, prompts: Iterable[Prompt], scored: AllScored, task: Task) -> None:
+    """Write the predictions of scored prompts, with the columns that predictions have."""
+    predictions = _predictions(prompts, scored, task, "score")
+    write_predictions(out, predictions, labels=task.names, columns=prediction_columns(task.names))
 
 
 def _say_agreement(found: dict[str, Any]) -> None:
@@ -229,50 +204,7 @@ class _FilePrompts:
         return read_prompts(self.files, self.task, encoding=self.encoding)
 
 
-def _survey(prompts: Iterable[Prompt]) -> _Survey:
-    """Read all rows once: every fault in them shows before a model is loaded."""
-    digest = hashlib.sha256()
-    rows, columns = 0, []
-    for prompt in prompts:
-        if rows == 0:
-            columns = list(prompt.cells)
-        digest.update(_row_bytes(prompt))
-        rows += 1
-    return _Survey(rows, digest.hexdigest(), columns)
-
-
-def _row_bytes(prompt: Prompt) -> bytes:
-    return json.dumps([prompt.id, prompt.input, prompt.label]).encode()
-
-
-@dataclass(frozen=True, slots=True)
-class _Unchanged:
-    """Prompts that are still those of the survey: scores would go to other rows where a file changes meanwhile."""
-
-    prompts: Iterable[Prompt]
-    survey: _Survey
-
-    def __iter__(self) -> Iterator[Prompt]:
-        digest = hashlib.sha256()
-        number = 0
-        for number, prompt in enumerate(self.prompts, 1):
-            if number > self.survey.rows:
-                break
-            digest.update(_row_bytes(prompt))
-            yield prompt
-        if number != self.survey.rows or digest.hexdigest() != self.survey.digest:
-            raise DataError(
-                "ROWS: they changed while they were predicted, so scores would stand beside other rows; nothing is "
-                "written. Predict once they stay as they are."
-            )
-
-
-def _job_key(source: Source, rows_digest: str, decode: Decode) -> str:
-    """Return a hash of all that the scores depend on."""
-    return hashlib.sha256(json.dumps([rows_digest, decode, *source.identity()]).encode()).hexdigest()
-
-
-def _predictions(prompts: Iterable[Prompt], scored: Any, task: Task, decode: Decode) -> Iterator[Prediction]:
+def _predictions(prompts: Iterable[Prompt], scored: AllScored, task: Task, decode: Decode) -> Iterator[Prediction]:
     """Yield decisions in input order: the most probable label, or the one that the generated text means."""
     probs = probabilities(scored.scores)
     choices = decide(probs)
@@ -292,7 +224,7 @@ def _predictions(prompts: Iterable[Prompt], scored: Any, task: Task, decode: Dec
         )
 
 
-def _agreement(scored: Any, task: Task) -> dict[str, Any]:
+def _agreement(scored: AllScored, task: Task) -> dict[str, Any]:
     """Return how often the generated answers mean the label that scores highest, and on which rows they do not."""
     choices = decide(probabilities(scored.scores))
     parser = AnswerParser(task)

@@ -11,7 +11,7 @@ from llm_clf.config import Settings
 from llm_clf.console import say
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.errors import ArtifactError
-from llm_clf.evaluation.metrics import compute_metrics
+from llm_clf.evaluation.intervals import measure
 from llm_clf.evaluation.tables import metrics_text
 from llm_clf.files import write_json
 from llm_clf.prompting.prompts import Prompt
@@ -68,8 +68,7 @@ def score_validation(
 
 def measure_validation(folder: Path) -> None:
     """Write and print the metrics of the predictions that the unfinished run in this folder has."""
-    table = read_predictions(folder / VALID_PREDICTIONS)
-    metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
+    metrics = measure(read_predictions(folder / VALID_PREDICTIONS))
     write_json(folder / METRICS, metrics)
     say("Validation rows, scored with the saved model:\n" + metrics_text(metrics))
 

@@ -1,6 +1,6 @@
 """What all that scores prompts has in common, whatever model is behind it."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -22,6 +22,18 @@ class Scored:
     """Whether a row was cut to fit."""
     texts: list[str] | None
     """Generated answers, None where none were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllScored:
+    """What the model made of all rows, in input order."""
+
+    scores: np.ndarray
+    """Log-probabilities in nats, fp32, shape `(rows, labels)`."""
+    cut: np.ndarray
+    """Whether a row was cut to fit, shape `(rows,)`."""
+    texts: Mapping[int, str]
+    """Generated answers by row; empty where none were asked for."""
 
 
 class Scorer(Protocol):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 NO_LABEL = ""
+HEADLINES = ("accuracy", "precision", "recall", "f1", "macro_f1", "weighted_f1", "roc_auc", "log_loss")
 
 
 def compute_metrics(
@@ -83,9 +84,23 @@ def _probability_metrics(y_true: Sequence[str], probs: np.ndarray, labels: Seque
     else:
         occur = [number for number in range(len(labels)) if 0 < (truth == number).sum() < len(truth)]
         areas = [roc_auc_score(truth == number, probs[:, number]) for number in occur]
+    return {
+        "roc_auc": float(np.mean(areas)) if areas else None,
+        "log_loss": float(own_losses(truth, probs).mean()),
+    }
+
+
+def own_losses(truth: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return the negative log-probability in nats of each row's own label, shape `(rows,)`.
+
+    Args:
+        truth: Index of the gold label of each row.
+        probs: Shape `(rows, labels)`.
+    """
     # The smallest fp32 number keeps a confident mistake finite.
     own = np.maximum(probs[np.arange(len(truth)), truth].astype(np.float64), np.finfo(np.float32).tiny)
-    return {"roc_auc": float(np.mean(areas)) if areas else None, "log_loss": float(-np.log(own).mean())}
+    losses: np.ndarray = -np.log(own)
+    return losses
 
 
 def _confusion(y_true: Sequence[str], y_pred: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
