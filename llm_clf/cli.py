@@ -72,6 +72,10 @@ def finetune(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set: Set = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML file of settings to try; the best of these trainings becomes the run."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -81,7 +85,9 @@ def finetune(
     """
     from llm_clf.commands import finetune as command
 
-    command.finetune(data, out=out, model=model, config=config, set=set or (), resume=resume, overwrite=overwrite)
+    command.finetune(
+        data, out=out, model=model, config=config, set=set or (), sweep=sweep, resume=resume, overwrite=overwrite
+    )
 
 
 @app.command()

@@ -168,7 +168,7 @@ def load_settings(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     """
     tree: dict[str, Any] = {}
     for file in files:
-        _merge(tree, _read_yaml(file))
+        _merge(tree, read_settings_file(file, "--config", "sections such as `train:` with keys under them"))
     for override in overrides:
         _merge(tree, _parse_override(override))
     try:
@@ -177,6 +177,28 @@ def load_settings(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
         source = ", ".join([str(file) for file in files] + (["--set"] if overrides else []))
         faults = "\n".join(f"  {line}" for line in _faults(error))
         raise ConfigError(f"Settings ({source}) are wrong:\n{faults}") from error
+
+
+def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Return the settings with other values for known keys, given as `section.key`.
+
+    Raises:
+        ConfigError: A value is wrong; a line for each.
+    """
+    tree = settings_to_dict(settings)
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults(error))) from error
+
+
+def setting(settings: Settings, key: str) -> Any:
+    """Return one setting as a plain value."""
+    section, _, name = key.partition(".")
+    return settings_to_dict(settings)[section][name]
 
 
 def require_sections(overrides: Sequence[str], allowed: Sequence[str], what: str) -> None:
@@ -219,17 +241,20 @@ def known_keys() -> list[str]:
     ]
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_settings_file(file: Path, option: str, expected: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file that was given with an option; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: It cannot be read, or holds something else.
+    """
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: settings cannot be read: {error}. Give --config a YAML file.") from error
+        raise ConfigError(f"{file}: settings cannot be read: {error}. Give {option} a YAML file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: is not YAML: {error}") from error
     if not isinstance(tree, dict | None):
-        raise ConfigError(
-            f"{file}: found {type(tree).__name__}, expected sections such as `train:` with keys under them."
-        )
+        raise ConfigError(f"{file}: found {type(tree).__name__}, expected {expected}.")
     return tree or {}
 
 
@@ -263,15 +288,20 @@ def _faults(error: ValidationError) -> Iterator[str]:
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"][:2])
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, [*keys, *Settings.model_fields], n=1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(keys)}."
-            line = f"{key}: there is no such setting; {advice}"
+            line = unknown_key(key, [*keys, *Settings.model_fields])
         else:
             line = f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}."
         if key in seen:
             line = f"{seen[key].removesuffix('.')}, or {fault['msg'][0].lower()}{fault['msg'][1:]}."
         seen[key] = line
     yield from seen.values()
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """Return the fault of a key that there is not, with the nearest one or all that there are."""
+    near = difflib.get_close_matches(key, known, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+    return f"{key}: there is no such setting; {advice}"
 
 
 METRICS: tuple[str, ...] = get_args(Metric)

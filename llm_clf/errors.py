@@ -2,6 +2,7 @@
 
 LlmClfError
 ├── ConfigError     a setting or an argument is wrong
+│   └── MemoryLimitError    these settings need more memory than there is
 ├── DataError       rows, prompts or a predictions file are wrong
 ├── TemplateError   a task file is wrong
 ├── LabelError      a label is not one of the task's
@@ -18,6 +19,10 @@ class LlmClfError(Exception):
 
 class ConfigError(LlmClfError):
     """A setting or an argument is wrong."""
+
+
+class MemoryLimitError(ConfigError):
+    """These settings need more memory than there is."""
 
 
 class DataError(LlmClfError):

@@ -26,6 +26,9 @@ from llm_clf.prompting.tasks import Task, load_task
 FORMAT = 1
 ADAPTER, TASK, CONFIG, RUN, METRICS = "adapter", "task.yaml", "config.yaml", "run.json", "metrics.json"
 VALID_PREDICTIONS, LOG, CHECKPOINTS = "predictions-valid.parquet", "log", "checkpoints"
+SWEEP = "sweep"
+INPUTS = "inputs.json"
+"""What an unfinished run began with."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_ROWS = "trained-rows.npy"
 LORA, TFIDF, ENSEMBLE = "lora", "tfidf", "ensemble"
@@ -129,6 +132,38 @@ def is_finished(place: Path, kind: str) -> bool:
 def run_metrics(folder: Path) -> dict[str, Any]:
     """Return the validation metrics of a run, nothing where it was not measured."""
     return dict(read_json(folder / METRICS)) if (folder / METRICS).is_file() else {}
+
+
+def require_same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to go on with a training that began with other inputs.
+
+    Args:
+        folder: The unfinished run.
+        inputs: As they are now: `settings` by section, `prompts` and `base`.
+
+    Raises:
+        ArtifactError: What it began with cannot be read.
+        ConfigError: Something has changed.
+    """
+    former = read_json(folder / INPUTS)
+    if not (isinstance(former, dict) and isinstance(former.get("settings"), dict)):
+        raise ArtifactError(f"{folder / INPUTS}: is not what finetune writes. Give --overwrite to start anew.")
+    changed = [name for name in ("prompts", "base") if former.get(name) != inputs[name]]
+    then, now = (_by_key(one["settings"]) for one in (former, inputs))
+    changed += [
+        f"{key} (then {then.get(key)!r}, now {now.get(key)!r})"
+        for key in {**now, **then}
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder}: cannot go on, these have changed since: {', '.join(changed)}. "
+            "Give the former ones, or --overwrite to start anew."
+        )
+
+
+def _by_key(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
 
 
 def save_inputs(folder: Path, task: Task, settings: dict[str, Any]) -> None:

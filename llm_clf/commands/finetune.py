@@ -6,20 +6,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llm_clf.commands.sweep import run_sweep, trial_folders
 from llm_clf.commands.validation import score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
 from llm_clf.console import say
-from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
+from llm_clf.errors import ConfigError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
 from llm_clf.files import (
     file_hash,
     locked,
     partial_name,
     path_of,
-    read_json,
     replace_folder,
     require_apart,
     write_json,
@@ -31,21 +32,27 @@ from llm_clf.runs import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
+    INPUTS,
     LOG,
     LORA,
+    SWEEP,
     commit,
     is_finished,
     is_run,
     package_versions,
     require_run_place,
+    require_same_inputs,
     run_metrics,
     save_facts,
     save_inputs,
     save_trained_rows,
     task_facts,
 )
+from llm_clf.sweeping.space import Sweep, ends, load_sweep
 
-INPUTS = "inputs.json"
+if TYPE_CHECKING:
+    from llm_clf.engine.training import Watch
+
 CHECKPOINTED = ("", ", activations computed again in the backward")
 
 
@@ -70,6 +77,7 @@ def finetune(
     model: str | None = None,
     config: str | Path | None = None,
     set: Sequence[str] = (),
+    sweep: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -81,6 +89,7 @@ def finetune(
         model: The base, in place of the setting `model.name`.
         config: A YAML file of settings.
         set: Settings as `section.key=value`, stronger than the file.
+        sweep: A YAML file of settings to try; the best of these trainings becomes the run.
         resume: Go on with what an interrupted training left.
         overwrite: Replace `out`.
 
@@ -97,16 +106,22 @@ def finetune(
     require_apart(place, [folder, *([base] if base.is_dir() else [])])
     prompts = read_training_data(folder)
     _check_settings(settings, prompts)
+    plan = _read_sweep(sweep, settings, prompts) if sweep is not None else None
     with locked(place):
         unfinished = partial_name(place)
         if unfinished.exists() and not (resume or overwrite):
             raise ConfigError(
                 f"{unfinished}: an interrupted training left this. --resume goes on with it, --overwrite starts anew."
             )
+        _require_same_kind(unfinished, sweep=plan is not None, overwrite=overwrite)
         try:
             with writing(unfinished, "Then --resume goes on from the last checkpoint."):
                 if not (resume and is_run(unfinished)):
-                    _train_run(settings, prompts, unfinished, resume=resume)
+                    if plan is None:
+                        _train_run(settings, prompts, unfinished, resume=resume)
+                    else:
+                        train = partial(_train_run, data=prompts, resume=True)
+                        run_sweep(plan, settings, prompts.hashes, unfinished, train, resume=resume)
                 metrics = _finish(unfinished, place)
         except LlmClfError:
             _drop_fruitless(unfinished)
@@ -155,8 +170,43 @@ def _check_settings(settings: Settings, data: TrainingData) -> None:
             )
 
 
-def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: bool) -> None:
-    """Fill the unfinished run folder; its run.json comes last."""
+def _read_sweep(file: str | Path, settings: Settings, data: TrainingData) -> Sweep:
+    """Return what a sweep tries; each of it must fit the task, and there must be rows to compare trials by."""
+    sweep = load_sweep(path_of(file), settings)
+    if not data.validates:
+        raise ConfigError(
+            "A sweep compares its trials by the validation rows, and none of these has a label. Build the prompts with "
+            "a larger share for validation."
+        )
+    for changed in ends(sweep, settings):
+        _check_settings(changed, data)
+    return sweep
+
+
+def _require_same_kind(unfinished: Path, *, sweep: bool, overwrite: bool) -> None:
+    """Refuse to go on with a sweep as with a single training, and the reverse.
+
+    Raises:
+        ConfigError: What was interrupted is the other one.
+    """
+    swept = (unfinished / SWEEP).is_dir()
+    if (unfinished / INPUTS).is_file() and swept != sweep and not overwrite:
+        found, advice = ("sweep", "Give its --sweep") if swept else ("single training", "Leave out --sweep")
+        raise ConfigError(f"{unfinished}: an interrupted {found} left this. {advice}, or --overwrite to start anew.")
+
+
+def _train_run(
+    settings: Settings, data: TrainingData, folder: Path, *, resume: bool, watch: "Watch | None" = None
+) -> None:
+    """Fill the unfinished run folder; its run.json comes last.
+
+    Args:
+        settings: Of the training.
+        data: What is trained and validated on.
+        folder: The unfinished run.
+        resume: Go on with what is there.
+        watch: Is told of each evaluation, as `train` tells it.
+    """
     from llm_clf.models.adapters import require_mergeable
     from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
     from llm_clf.models.budget import mode_of
@@ -185,7 +235,7 @@ def _train_run(settings: Settings, data: TrainingData, folder: Path, *, resume: 
         f"{settings.train.micro_batch_tokens:,} tokens{CHECKPOINTED[bool(settings.train.gradient_checkpointing)]}."
     )
 
-    trained = _fit(settings, data, folder, device, rows)
+    trained = _fit(settings, data, folder, device, rows, watch)
     settings = _as_found(settings, folder)
     choice, fits = score_validation(settings, data.task, data.valid, folder)
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
@@ -222,7 +272,8 @@ def _drop_fruitless(unfinished: Path) -> None:
     """Remove an unfinished run in which nothing was learned yet: there is nothing to go on with."""
     from llm_clf.engine.training import has_checkpoint
 
-    if not is_run(unfinished) and not has_checkpoint(unfinished / CHECKPOINTS):
+    places = [unfinished, *trial_folders(unfinished)]
+    if not any(is_run(place) or has_checkpoint(place / CHECKPOINTS) for place in places):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -260,15 +311,19 @@ def _as_found(settings: Settings, folder: Path) -> Settings:
     return settings.model_copy(update={"train": found.train, "predict": predict})
 
 
-def _fit(settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
+def _fit(
+    settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows, watch: "Watch | None"
+) -> dict[str, Any]:
     """Train and save the adapter; return what run.json says of it."""
     from llm_clf.engine.fitting import memory_explained
 
     with memory_explained():
-        return _fit_in_memory(settings, data, folder, device, rows)
+        return _fit_in_memory(settings, data, folder, device, rows, watch)
 
 
-def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows) -> dict[str, Any]:
+def _fit_in_memory(
+    settings: Settings, data: TrainingData, folder: Path, device: Any, rows: _Rows, watch: "Watch | None"
+) -> dict[str, Any]:
     from llm_clf.engine.classifier import Classifier
     from llm_clf.engine.training import train
     from llm_clf.models.adapters import new_adapter, save_adapter, trainable
@@ -296,6 +351,7 @@ def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device:
             evaluate=(lambda: _measure(classifier, data, folder)) if data.validates else None,
             folder=folder / CHECKPOINTS,
             found=lambda tokens: _record(folder, data.task, "train", micro_batch_tokens=tokens),
+            watch=watch,
         )
     finally:
         accelerator.end_training()
@@ -349,21 +405,7 @@ def _claim(folder: Path, settings: Settings, data: TrainingData, base: dict[str,
     """
     inputs = {"settings": settings_to_dict(settings), "prompts": data.hashes, "base": base}
     if resume and (folder / INPUTS).is_file():
-        former = read_json(folder / INPUTS)
-        if not (isinstance(former, dict) and isinstance(former.get("settings"), dict)):
-            raise ArtifactError(f"{folder / INPUTS}: is not what finetune writes. Give --overwrite to start anew.")
-        changed = [name for name in ("prompts", "base") if former.get(name) != inputs[name]]
-        changed += [
-            f"{section}.{key} (then {former['settings'].get(section, {}).get(key)!r}, now {value!r})"
-            for section, values in inputs["settings"].items()
-            for key, value in values.items()
-            if former["settings"].get(section, {}).get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"{folder}: cannot go on, these have changed since: {', '.join(changed)}. "
-                "Give the former ones, or --overwrite to start anew."
-            )
+        require_same_inputs(folder, inputs)
         return (folder / CONFIG).is_file()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / CHECKPOINTS).mkdir(parents=True)

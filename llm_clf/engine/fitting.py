@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from llm_clf.console import say
-from llm_clf.errors import ConfigError
+from llm_clf.errors import MemoryLimitError
 
 # Kinds of devices on which the largest part of a training is tried before the first step.
 TRIED = frozenset({"cuda"})
@@ -62,7 +62,7 @@ class TokenBudget:
         """Do a piece of work, again with half the budget as often as memory runs out.
 
         Raises:
-            ConfigError: It runs out on a single row.
+            MemoryLimitError: It runs out on a single row.
         """
         return self._retried(work, lambda: rows)
 
@@ -70,7 +70,7 @@ class TokenBudget:
         """Find out whether the largest part of all pieces fits; nothing that it does stays, nor any random draw.
 
         Raises:
-            ConfigError: Memory runs out on a single row.
+            MemoryLimitError: Memory runs out on a single row.
         """
         state = _random_state(self._device)
         self._retried(work, lambda: work.largest(pieces, self.tokens))
@@ -96,7 +96,7 @@ class TokenBudget:
 
     def _halve(self, rows: int, tokens: int) -> None:
         if rows == 1:
-            raise ConfigError(f"Memory ran out on a single row of {tokens:,} tokens. {ADVICE}")
+            raise MemoryLimitError(f"Memory ran out on a single row of {tokens:,} tokens. {ADVICE}")
         before = self.tokens
         while self.tokens >= tokens and self.tokens > 1:
             self.tokens //= 2
@@ -109,12 +109,12 @@ def memory_explained() -> Iterator[None]:
     """Turn what torch raises where memory runs out into an error that says what to do.
 
     Raises:
-        ConfigError: It ran out.
+        MemoryLimitError: It ran out.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ConfigError(f"Memory ran out: {str(error).splitlines()[0]} {ADVICE}") from error
+        raise MemoryLimitError(f"Memory ran out: {str(error).splitlines()[0]} {ADVICE}") from error
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:

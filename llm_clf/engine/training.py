@@ -34,6 +34,7 @@ CHECKPOINT_SECONDS = 60.0
 LOWER_IS_BETTER = frozenset({"log_loss"})
 
 Evaluate = Callable[[], dict[str, float]]
+Watch = Callable[[int, dict[str, float]], None]
 
 
 @dataclass
@@ -67,6 +68,7 @@ def train(
     evaluate: Evaluate | None,
     folder: Path,
     found: Callable[[int], None] = lambda tokens: None,
+    watch: Watch | None = None,
 ) -> Progress:
     """Train the adapter, and leave the weights of the best evaluation in the model.
 
@@ -84,6 +86,8 @@ def train(
         evaluate: Returns the validation metrics of the model as it is now; None: no validation rows.
         folder: Where checkpoints go.
         found: Is told the token budget of micro-batches that is gone on with where memory ran out.
+        watch: Is told the number of each evaluation, from 1, and its metrics, before the checkpoint is written: one
+            that is made again after a kill is told again. What it raises breaks the training off.
 
     Raises:
         ArtifactError: The checkpoint that is there is damaged.
@@ -135,6 +139,8 @@ def train(
             evaluated = state.step in due
             if evaluated and evaluate:
                 _evaluate(model, evaluate, state, settings, per_epoch, folder, accelerator)
+                if watch:
+                    watch(len(state.evaluations), state.evaluations[-1])
             if evaluated or state.step == total or time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 _checkpoint(folder, model, state, accelerator)
                 saved = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llm_clf.config import ModelSettings, Settings, TrainSettings
-from llm_clf.errors import ConfigError
+from llm_clf.errors import MemoryLimitError
 from llm_clf.models.memory import (
     DTYPE_BYTES,
     MODES,
@@ -130,7 +130,7 @@ def require_fit(
     """Refuse a training that does not fit, and name the modes that would.
 
     Raises:
-        ConfigError: The estimate is more than the free memory.
+        MemoryLimitError: The estimate is more than the free memory.
     """
     if plan.estimate.peak <= free:
         return
@@ -142,7 +142,7 @@ def require_fit(
             setting = f"model.quantization={other}" if other in QUANTIZED else f"model.dtype={other}"
             leaner.append(f"{setting} (about {gigabytes(found.peak)})")
     advice = f"It would with {' or '.join(leaner)}" if leaner else "No other mode would either; take a smaller base"
-    raise ConfigError(
+    raise MemoryLimitError(
         f"This training would not fit: about {gigabytes(plan.estimate.peak)} in {mode}, and {gigabytes(free)} are free "
         f"{'on the card' if device == 'cuda' else 'in RAM'}. {advice}, a smaller data.max_length (the longest row has "
         f"{rows.longest:,} tokens), or less at work beside it. `llm-clf doctor` shows the estimate."

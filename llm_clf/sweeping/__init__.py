@@ -1,0 +1,1 @@
+"""Sweeps: which settings are tried, and the trials that try them."""
