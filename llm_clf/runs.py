@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import EncoderSettings, Settings, Tree, load_tree
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.files import file_hash, partial_name, read_json, require_free, write_json, write_yaml
 from llm_clf.prompting.tasks import Task, load_task
@@ -21,8 +21,11 @@ from llm_clf.prompting.tasks import Task, load_task
 FORMAT = 1
 ADAPTER, TASK, CONFIG, RUN, METRICS = "adapter", "task.yaml", "config.yaml", "run.json", "metrics.json"
 VALID_PREDICTIONS, LOG, CHECKPOINTS = "predictions-valid.parquet", "log", "checkpoints"
+INPUTS = "inputs.json"
+"""What an unfinished run began with."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-LORA, TFIDF = "lora", "tfidf"
+ENCODER_WEIGHTS = "model.safetensors"
+LORA, TFIDF, ENCODER = "lora", "tfidf", "encoder"
 PACKAGES = ("llm-clf", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -36,11 +39,14 @@ class Kind:
     """The file in the run folder that holds what was learned."""
     entries: tuple[str, ...]
     """Entries that run.json must have; the last one tells the hash of that file."""
+    settings: type[Tree] = Settings
+    """What config.yaml holds."""
 
 
 KINDS = {
     LORA: Kind("finetune", f"{ADAPTER}/{ADAPTER_WEIGHTS}", ("base", "adapter")),
     TFIDF: Kind("baseline tfidf", "model.skops", ("model",)),
+    ENCODER: Kind("baseline encoder", f"encoder/{ENCODER_WEIGHTS}", ("base", "encoder"), EncoderSettings),
 }
 
 
@@ -50,7 +56,8 @@ class Run:
 
     folder: Path
     task: Task
-    settings: Settings
+    settings: Any
+    """Of the type that its kind has."""
     facts: dict[str, Any]
     """The content of run.json."""
 
@@ -109,6 +116,38 @@ def run_metrics(folder: Path) -> dict[str, Any]:
     return dict(read_json(folder / METRICS)) if (folder / METRICS).is_file() else {}
 
 
+def require_same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to go on with a training that began with other inputs.
+
+    Args:
+        folder: The unfinished run.
+        inputs: As they are now: `settings` by section, `prompts` and `base`.
+
+    Raises:
+        ArtifactError: What it began with cannot be read.
+        ConfigError: Something has changed.
+    """
+    former = read_json(folder / INPUTS)
+    if not (isinstance(former, dict) and isinstance(former.get("settings"), dict)):
+        raise ArtifactError(f"{folder / INPUTS}: is not what finetune writes. Give --overwrite to start anew.")
+    changed = [name for name in ("prompts", "base") if former.get(name) != inputs[name]]
+    then, now = (_by_key(one["settings"]) for one in (former, inputs))
+    changed += [
+        f"{key} (then {then.get(key)!r}, now {now.get(key)!r})"
+        for key in {**now, **then}
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder}: cannot go on, these have changed since: {', '.join(changed)}. "
+            "Give the former ones, or --overwrite to start anew."
+        )
+
+
+def _by_key(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
+
+
 def save_inputs(folder: Path, task: Task, settings: dict[str, Any]) -> None:
     """Write the task and the resolved settings of a run."""
     task.save(folder / TASK)
@@ -148,7 +187,7 @@ def load_run(folder: Path) -> Run:
         if not (folder / file).exists():
             raise ArtifactError(f"{folder}: {file} is missing from the run. Copy the whole folder, or train again.")
     try:
-        run = Run(folder, load_task(folder / TASK), load_settings([folder / CONFIG]), facts)
+        run = Run(folder, load_task(folder / TASK), load_tree(kind.settings, [folder / CONFIG]), facts)
     except LlmClfError as error:
         raise ArtifactError(f"{folder}: the run is damaged. {error}") from error
     _require_unchanged(run)

@@ -6,12 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
+from llm_clf.config import (
+    EncoderSettings,
+    Settings,
+    load_settings,
+    load_tree,
+    require_keys,
+    require_sections,
+    settings_to_dict,
+)
 from llm_clf.engine.scores import Scorer
 from llm_clf.errors import ConfigError
 from llm_clf.files import file_hash
 from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import CONFIG, LORA, TFIDF, Run, is_run, load_run
+from llm_clf.runs import CONFIG, ENCODER, ENCODER_WEIGHTS, LORA, TFIDF, Run, is_run, load_run
 
 
 class Source(Protocol):
@@ -106,6 +114,42 @@ class TfidfSource:
         return TfidfScorer(load_pipeline(self.model), self.task.names)
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderSource:
+    """An encoder under a head."""
+
+    generates: ClassVar[bool] = False
+
+    folder: Path
+    """Holds weights, config and tokenizer; the base that it was made of is not needed."""
+    task: Task
+    settings: EncoderSettings
+
+    @property
+    def batch_tokens(self) -> int:
+        """Return the budget of the settings."""
+        return self.settings.predict.batch_tokens
+
+    def identity(self) -> list[object]:
+        """Return a hash of the weights, the task and the settings."""
+        return [
+            file_hash(self.folder / ENCODER_WEIGHTS),
+            self.task.model_dump(mode="json"),
+            settings_to_dict(self.settings),
+        ]
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load encoder and head, which write no answers."""
+        from llm_clf.baselines.encoder_model import EncoderScorer
+        from llm_clf.engine.fitting import memory_explained
+        from llm_clf.models.bases import quiet_libraries
+
+        assert not generate
+        quiet_libraries()
+        with memory_explained():
+            return EncoderScorer.from_folder(self.folder, self.task, self.settings)
+
+
 def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> Source:
     """Return what to predict with: a run of any kind, or a bare adapter with the task and the base given.
 
@@ -130,6 +174,11 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> So
         if changes:
             run = replace(run, settings=_changed(run, changes))
         return LoraSource(run.adapter, run.task, run.settings, run)
+    if run.kind == ENCODER:
+        what = f"{run.folder}, an encoder that carries its weights (leave out --model),"
+        require_keys(changes, ("model.dtype", "predict.batch_tokens"), what)
+        settings = load_tree(EncoderSettings, [run.folder / CONFIG], changes)
+        return EncoderSource(run.learned.parent, run.task, settings)
     if changes:
         raise ConfigError(
             f"{run.folder}: is a run of kind {run.kind}, which has no base and no settings of a prediction; leave out "
