@@ -51,7 +51,8 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["build-prompts", "finetune", "predict", "evaluate", "chat", "doctor", "baseline tfidf"]
+    "command",
+    ["build-prompts", "finetune", "predict", "evaluate", "chat", "doctor", "baseline tfidf", "baseline encoder"],
 )
 def test_help_of_every_command_has_an_example(command: str) -> None:
     shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})

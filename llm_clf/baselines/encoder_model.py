@@ -31,6 +31,8 @@ from llm_clf.runs import ENCODER_WEIGHTS
 HEAD = "fusion_head."
 # Rows that are sorted by length together. Part of the plan of batches: another number, other rounding.
 WINDOW = 16_384
+# Plain attention holds a number for each pair of tokens.
+PLAIN_ATTENTION_TOKENS = 1024
 
 
 class FusionHead(nn.Module):
@@ -116,11 +118,26 @@ class FusionClassifier(nn.Module):
         return states[:, 0] if pooled is None else pooled.float()
 
 
-def new_classifier(name: str, settings: EncoderSettings, labels: int) -> FusionClassifier:
-    """Return the settings' encoder under a head of random weights, which the seed gives."""
-    trunk = load_trunk(name, seed=settings.train.seed)
-    torch.manual_seed(settings.train.seed)
-    return FusionClassifier(trunk, settings.head, labels, dtype=settings.model.dtype)
+def new_classifier(settings: EncoderSettings, labels: int, device: torch.device) -> FusionClassifier:
+    """Return the settings' encoder under a head of random weights, which the seed gives.
+
+    Args:
+        settings: Without `auto` for the type of numbers.
+        labels: How many there are.
+        device: Where to.
+    """
+    seed = settings.train.seed
+    trunk = load_trunk(settings.model.name, attention=_attention(settings, device), seed=seed)
+    torch.manual_seed(seed)
+    return FusionClassifier(trunk, settings.head, labels, dtype=settings.model.dtype).to(device)
+
+
+def _attention(settings: EncoderSettings, device: torch.device) -> str | None:
+    """Return how attention is computed: on a CPU as plain products, unless rows are so long that they fill memory.
+
+    SDPA's kernels for a CPU took a third more time for a whole training step in bf16.
+    """
+    return "eager" if device.type == "cpu" and settings.data.max_length <= PLAIN_ATTENTION_TOKENS else None
 
 
 def row_tokenizer(tokenizer: Any, model: FusionClassifier, task: Task, settings: EncoderDataSettings) -> RowTokenizer:
@@ -145,13 +162,22 @@ def save_classifier(model: FusionClassifier, tokenizer: Any, folder: Path) -> No
     save_tokenizer(tokenizer, folder)
 
 
-def load_classifier(folder: Path, settings: EncoderSettings, labels: int, *, dtype: str) -> FusionClassifier:
+def load_classifier(folder: Path, settings: EncoderSettings, labels: int, device: torch.device) -> FusionClassifier:
     """Return what `save_classifier` wrote, in evaluation mode.
+
+    Args:
+        folder: Where it is.
+        settings: Of the run.
+        labels: How many the task has.
+        device: Where to.
 
     Raises:
         ArtifactError: A file is missing, damaged, or of another model.
+        ConfigError: The device cannot compute in the settings' type.
     """
-    model = FusionClassifier(load_trunk(str(folder)), settings.head, labels, dtype=dtype)
+    dtype = choose_dtype(settings.model.dtype, device)
+    trunk = load_trunk(str(folder), attention=_attention(settings, device))
+    model = FusionClassifier(trunk, settings.head, labels, dtype=dtype)
     try:
         stored = load_file(folder / ENCODER_WEIGHTS)
         head = {name.removeprefix(HEAD): weight for name, weight in stored.items() if name.startswith(HEAD)}
@@ -159,7 +185,7 @@ def load_classifier(folder: Path, settings: EncoderSettings, labels: int, *, dty
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder / ENCODER_WEIGHTS}: its head does not fit: {reason}. Train again.") from error
-    return model.eval()
+    return model.eval().to(device)
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -203,9 +229,7 @@ class EncoderScorer:
         Raises:
             ArtifactError: It is damaged, or does not fit the task.
         """
-        device = choose_device()
-        dtype = choose_dtype(settings.model.dtype, device)
-        model = load_classifier(folder, settings, len(task.names), dtype=dtype).to(device)
+        model = load_classifier(folder, settings, len(task.names), choose_device())
         tokenizer = load_encoder_tokenizer(str(folder), model.trunk)
         tokens = row_tokenizer(tokenizer, model, task, settings.data)
         return cls(model, tokens, labels=len(task.names), batch_tokens=settings.predict.batch_tokens)

@@ -218,7 +218,7 @@ def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: An
     from llm_clf.models.encoders import load_encoder_tokenizer
 
     names = data.task.names
-    model = new_classifier(settings.model.name, settings, len(names)).to(device)
+    model = new_classifier(settings, len(names), device)
     tokenizer = load_encoder_tokenizer(settings.model.name, model.trunk)
     tokens = row_tokenizer(tokenizer, model, data.task, settings.data)
     encoded = tokens.encode([prompt.input for prompt in data.train])

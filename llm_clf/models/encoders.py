@@ -55,11 +55,12 @@ def require_encoder(name: str) -> None:
         )
 
 
-def load_trunk(name: str, *, seed: int = 0) -> Any:
+def load_trunk(name: str, *, attention: str | None = None, seed: int = 0) -> Any:
     """Return the model in fp32, in evaluation mode.
 
     Args:
         name: As `find_base` takes it.
+        attention: How transformers is to compute it; None: as it likes.
         seed: Of the pooler's weights, where the files have none: RoBERTa's were saved without.
 
     Raises:
@@ -67,6 +68,7 @@ def load_trunk(name: str, *, seed: int = 0) -> Any:
     """
     from transformers import AutoModel
 
+    options = {"attn_implementation": attention} if attention is not None else {}
     torch.manual_seed(seed)
     with loading_of(name, "model"):
         trunk, report = AutoModel.from_pretrained(
@@ -75,6 +77,7 @@ def load_trunk(name: str, *, seed: int = 0) -> Any:
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     absent = sorted(key for key in report["missing_keys"] if not key.startswith(POOLER))
     absent += sorted(str(key) for key in report["mismatched_keys"])
