@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_clf.commands.baseline_encoder import baseline_encoder
     from llm_clf.commands.baseline_tfidf import baseline_tfidf
     from llm_clf.commands.build_prompts import build_prompts
     from llm_clf.commands.chat import chat
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LlmClfError",
+    "baseline_encoder",
     "baseline_tfidf",
     "build_prompts",
     "chat",

@@ -9,7 +9,7 @@ import typer
 from llm_clf.errors import ConfigError, LlmClfError
 
 INTERRUPTED = 130
-RESUMABLE = {"finetune", "predict", "ensemble", "import-chatglm"}
+RESUMABLE = {"finetune", "encoder", "predict", "ensemble", "import-chatglm"}
 
 app = typer.Typer(
     name="llm-clf",
@@ -222,6 +222,35 @@ def baseline_tfidf(
     from llm_clf.commands import baseline_tfidf as command
 
     command.baseline_tfidf(data, out=out, set=set or (), resume=resume, overwrite=overwrite)
+
+
+@baseline.command("encoder")
+def baseline_encoder(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH", help="An encoder, such as roberta-base or a folder; glm-nano is the default."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="One setting, such as train.epochs=3; may be repeated."),
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune all of an encoder with a head on its mean state and its first; keep the best by validation F1.
+
+    Example: `llm-clf baseline encoder output/prompts --out output/encoder --model roberta-base`
+    """
+    from llm_clf.commands import baseline_encoder as command
+
+    command.baseline_encoder(
+        data, out=out, model=model, config=config, set=set or (), resume=resume, overwrite=overwrite
+    )
 
 
 @app.command()

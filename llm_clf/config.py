@@ -3,10 +3,10 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from llm_clf.errors import ConfigError
@@ -14,6 +14,18 @@ from llm_clf.errors import ConfigError
 DEFAULT_BASE = "glm-nano"
 Metric = Literal["f1", "macro_f1", "weighted_f1", "accuracy", "log_loss", "roc_auc"]
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+def _labels_are_text(value: Any) -> Any:
+    """Labels are text, also where YAML reads a number: `{0: 1, 1: 5}`."""
+    if isinstance(value, Mapping):
+        return {str(key) if type(key) is int else key: weight for key, weight in value.items()}
+    return value
+
+
+ClassWeights = Annotated[
+    Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_labels_are_text)
+]
 
 
 class Section(BaseModel):
@@ -97,20 +109,12 @@ class TrainSettings(Section):
     """What the kept checkpoint is best in; f1: of the second label where there are two, macro otherwise."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many evaluations without a better one; 0 never stops early."""
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    class_weights: ClassWeights = None
     """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
     seed: Annotated[int, Field(ge=0, le=10**9)] = 42
     """Seed of the adapter's initial weights, of dropout and of the order of rows; of the folds of a TF-IDF baseline."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time; auto: where it is needed."""
-
-    @field_validator("class_weights", mode="before")
-    @classmethod
-    def _labels_are_text(cls, value: Any) -> Any:
-        """Labels are text, also where YAML reads a number: `{0: 1, 1: 5}`."""
-        if isinstance(value, Mapping):
-            return {str(key) if type(key) is int else key: weight for key, weight in value.items()}
-        return value
 
 
 class PredictSettings(Section):
@@ -139,7 +143,17 @@ class SpeedSettings(Section):
     """With fused layers: the last one's queries, output and MLP only where an answer is read."""
 
 
-class Settings(Section):
+class Tree(Section):
+    """All settings of a command, in sections."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """A section with nothing under it (`train:`) means its defaults."""
+        return {} if value is None else value
+
+
+class Settings(Tree):
     """All settings of a run."""
 
     model: ModelSettings = ModelSettings()
@@ -153,15 +167,98 @@ class Settings(Section):
         """Return the settings with `predict.merge` decided."""
         return self.model_copy(update={"predict": self.predict.model_copy(update={"merge": merge})})
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _empty_section(cls, value: Any) -> Any:
-        """A section with nothing under it (`train:`) means its defaults."""
-        return {} if value is None else value
+
+class EncoderModelSettings(Section):
+    """The encoder and the type of its numbers."""
+
+    name: Annotated[str, Field(min_length=1)] = DEFAULT_BASE
+    """A folder or a Hugging Face id of an encoder, such as `roberta-base`, or `glm-nano`, the base that ships."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the matrix products; weights are fp32. auto: bf16 where the device has it, else fp16 on CUDA and fp32."""
+
+
+class EncoderDataSettings(Section):
+    """How rows become tokens."""
+
+    max_length: Annotated[int, Field(ge=16)] = 512
+    """Most tokens of a row, special ones included; never more than the encoder's own limit."""
+
+
+class EncoderHeadSettings(Section):
+    """What reads the labels from the encoder's states."""
+
+    width: Annotated[int, Field(ge=1)] = 128
+    """Width that the mean of the states and the pooled state are brought to before they are added."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Dropout on the half sum of both."""
+    loss: Literal["cross-entropy", "bce"] = "cross-entropy"
+    """cross-entropy: a logit for each label; bce: binary cross-entropy on one logit, for two labels."""
+
+
+class EncoderTrainSettings(Section):
+    """The training loop."""
+
+    epochs: Annotated[int, Field(ge=1)] = 4
+    """Passes over the training rows."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows per optimiser step."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Most tokens in one forward and backward, padding included; auto: by the device. Does not change the result."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Highest learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's, on matrices; biases and norms have none."""
+    schedule: Schedule = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+    """Warm-up: a share of all steps where below 1, else a number of steps."""
+    eval_every: Annotated[float, Field(gt=0)] = 1.0
+    """Epochs between evaluations; 0.5 evaluates twice an epoch."""
+    metric: Metric = "f1"
+    """What the kept checkpoint is best in; f1: of the second label where there are two, macro otherwise."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many evaluations without a better one; 0 never stops early."""
+    class_weights: ClassWeights = None
+    """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
+    seed: Annotated[int, Field(ge=0, le=10**9)] = 42
+    """Seed of the head's initial weights, of dropout and of the order of rows."""
+
+
+class EncoderPredictSettings(Section):
+    """Scoring, in validation and in prediction alike."""
+
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    """Most tokens in one forward, padding included."""
+
+
+class EncoderSettings(Tree):
+    """All settings of an encoder run."""
+
+    model: EncoderModelSettings = EncoderModelSettings()
+    data: EncoderDataSettings = EncoderDataSettings()
+    head: EncoderHeadSettings = EncoderHeadSettings()
+    train: EncoderTrainSettings = EncoderTrainSettings()
+    predict: EncoderPredictSettings = EncoderPredictSettings()
+
+    def having(self, section: str, **found: Any) -> "EncoderSettings":
+        """Return the settings with what was found out for keys of a section."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=found)})
+
+
+SomeTree = TypeVar("SomeTree", bound=Tree)
 
 
 def load_settings(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Settings:
-    """Return the settings: defaults, then each file, then each `section.key=value`.
+    """Return the settings of a language model's run, as `load_tree` does.
+
+    Raises:
+        ConfigError: As there.
+    """
+    return load_tree(Settings, files, overrides)
+
+
+def load_tree(kind: type[SomeTree], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> SomeTree:
+    """Return settings: defaults, then each file, then each `section.key=value`.
 
     Raises:
         ConfigError: A file or an override cannot be read, or a key or value is wrong; all faults at once.
@@ -172,10 +269,10 @@ def load_settings(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> 
     for override in overrides:
         _merge(tree, _parse_override(override))
     try:
-        return Settings.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         source = ", ".join([str(file) for file in files] + (["--set"] if overrides else []))
-        faults = "\n".join(f"  {line}" for line in _faults(error))
+        faults = "\n".join(f"  {line}" for line in _faults(error, kind))
         raise ConfigError(f"Settings ({source}) are wrong:\n{faults}") from error
 
 
@@ -192,7 +289,7 @@ def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_faults(error))) from error
+        raise ConfigError("\n".join(_faults(error, Settings))) from error
 
 
 def setting(settings: Settings, key: str) -> Any:
@@ -227,16 +324,16 @@ def require_keys(overrides: Sequence[str], allowed: Sequence[str], what: str) ->
             raise ConfigError(f"--set {override!r}: {what} heeds {' and '.join(allowed)} only.")
 
 
-def settings_to_dict(settings: Settings) -> dict[str, Any]:
+def settings_to_dict(settings: Tree) -> dict[str, Any]:
     """Return the settings as plain values, fit for YAML and JSON."""
     return settings.model_dump(mode="json")
 
 
-def known_keys() -> list[str]:
+def known_keys(kind: type[Tree] = Settings) -> list[str]:
     """Return every setting as `section.key`."""
     return [
         f"{section}.{key}"
-        for section, field in Settings.model_fields.items()
+        for section, field in kind.model_fields.items()
         for key in getattr(field.annotation, "model_fields", {})
     ]
 
@@ -280,15 +377,15 @@ def _merge(tree: dict[str, Any], newer: Mapping[str, Any]) -> None:
             tree[section] = dict(values) if isinstance(values, Mapping) else values
 
 
-def _faults(error: ValidationError) -> Iterator[str]:
+def _faults(error: ValidationError, kind: type[Tree]) -> Iterator[str]:
     """Yield one line a fault: where, what was found, what is allowed."""
-    keys = known_keys()
+    keys = known_keys(kind)
     # A value that fits none of several allowed types gives one error for each; one line a key is enough.
     seen: dict[str, str] = {}
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"][:2])
         if fault["type"] == "extra_forbidden":
-            line = unknown_key(key, [*keys, *Settings.model_fields])
+            line = unknown_key(key, [*keys, *kind.model_fields])
         else:
             line = f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}."
         if key in seen:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import EncoderSettings, Settings, Tree, load_tree
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.files import file_hash, partial_name, read_json, replacing, require_free, write_json, write_yaml
 from llm_clf.prompting.duplicates import text_key
@@ -30,8 +30,9 @@ SWEEP = "sweep"
 INPUTS = "inputs.json"
 """What an unfinished run began with."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ENCODER_WEIGHTS = "model.safetensors"
 TRAINED_ROWS = "trained-rows.npy"
-LORA, TFIDF, ENSEMBLE = "lora", "tfidf", "ensemble"
+LORA, TFIDF, ENCODER, ENSEMBLE = "lora", "tfidf", "encoder", "ensemble"
 PACKAGES = ("llm-clf", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -45,11 +46,14 @@ class Kind:
     """The file in the run folder that holds what was learned."""
     entries: tuple[str, ...]
     """Entries that run.json must have; the last one tells the hash of that file."""
+    settings: type[Tree] = Settings
+    """What config.yaml holds."""
 
 
 KINDS = {
     LORA: Kind("finetune", f"{ADAPTER}/{ADAPTER_WEIGHTS}", ("base", "adapter")),
     TFIDF: Kind("baseline tfidf", "model.skops", ("model",)),
+    ENCODER: Kind("baseline encoder", f"encoder/{ENCODER_WEIGHTS}", ("base", "encoder"), EncoderSettings),
     ENSEMBLE: Kind("ensemble", "ensemble.json", ("ensemble",)),
 }
 
@@ -60,7 +64,8 @@ class Run:
 
     folder: Path
     task: Task
-    settings: Settings
+    settings: Any
+    """Of the type that its kind has."""
     facts: dict[str, Any]
     """The content of run.json."""
 
@@ -232,7 +237,7 @@ def load_run(folder: Path) -> Run:
         if not (folder / file).exists():
             raise ArtifactError(f"{folder}: {file} is missing from the run. Copy the whole folder, or train again.")
     try:
-        run = Run(folder, load_task(folder / TASK), load_settings([folder / CONFIG]), facts)
+        run = Run(folder, load_task(folder / TASK), load_tree(kind.settings, [folder / CONFIG]), facts)
     except LlmClfError as error:
         raise ArtifactError(f"{folder}: the run is damaged. {error}") from error
     _require_unchanged(run)

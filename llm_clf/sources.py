@@ -7,12 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from llm_clf.config import Settings, load_settings, require_sections, settings_to_dict
+from llm_clf.config import (
+    EncoderSettings,
+    Settings,
+    load_settings,
+    load_tree,
+    require_keys,
+    require_sections,
+    settings_to_dict,
+)
 from llm_clf.engine.scores import Scorer
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.files import file_hash, read_json
 from llm_clf.prompting.tasks import Task, load_task
-from llm_clf.runs import CONFIG, ENSEMBLE, LORA, TFIDF, Run, is_run, load_run
+from llm_clf.runs import CONFIG, ENCODER, ENCODER_WEIGHTS, ENSEMBLE, LORA, TFIDF, Run, is_run, load_run
 
 if TYPE_CHECKING:
     from llm_clf.baselines.ensemble import Combination
@@ -115,6 +123,42 @@ class TfidfSource:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderSource:
+    """An encoder under a head."""
+
+    generates: ClassVar[bool] = False
+
+    folder: Path
+    """Holds weights, config and tokenizer; the base that it was made of is not needed."""
+    task: Task
+    settings: EncoderSettings
+
+    @property
+    def batch_tokens(self) -> int:
+        """Return the budget of the settings."""
+        return self.settings.predict.batch_tokens
+
+    def identity(self) -> list[object]:
+        """Return a hash of the weights, the task and the settings."""
+        return [
+            file_hash(self.folder / ENCODER_WEIGHTS),
+            self.task.model_dump(mode="json"),
+            settings_to_dict(self.settings),
+        ]
+
+    def load(self, *, generate: bool = False) -> Scorer:
+        """Load encoder and head, which write no answers."""
+        from llm_clf.baselines.encoder_model import EncoderScorer
+        from llm_clf.engine.fitting import memory_explained
+        from llm_clf.models.bases import quiet_libraries
+
+        assert not generate
+        quiet_libraries()
+        with memory_explained():
+            return EncoderScorer.from_folder(self.folder, self.task, self.settings)
+
+
+@dataclass(frozen=True, slots=True)
 class EnsembleSource:
     """Several models of one task, and how their scores become one; each member scores all rows by itself."""
 
@@ -158,6 +202,10 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> An
         raise ConfigError(f"{run.folder}: is a run and has its own task; leave out --task.")
     if run.kind == LORA and changes:
         run = replace(run, settings=_changed(run, changes))
+    elif run.kind == ENCODER:
+        what = f"{run.folder}, an encoder that carries its weights (leave out --model),"
+        require_keys(changes, ("model.dtype", "predict.batch_tokens"), what)
+        run = replace(run, settings=load_tree(EncoderSettings, [run.folder / CONFIG], changes))
     elif changes:
         raise ConfigError(
             f"{run.folder}: is a run of kind {run.kind}, which has no base and no settings of a prediction; leave out "
@@ -179,6 +227,8 @@ def member_source(run: Run) -> Source:
     """Return what a run of any kind but an ensemble predicts with."""
     if run.kind == LORA:
         return LoraSource(run.adapter, run.task, run.settings, run)
+    if run.kind == ENCODER:
+        return EncoderSource(run.learned.parent, run.task, run.settings)
     assert run.kind == TFIDF
     return TfidfSource(run.learned, run.task)
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import annotated_types
 
-from llm_clf.config import Settings
+from llm_clf.config import EncoderSettings, Settings, Tree
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
@@ -18,12 +18,21 @@ and one by one (`--set lora.r=16`); later ones win: defaults, `configs/glm-nano.
 `--config`, `--set`. All are checked together before any model is loaded; `config.yaml` in the run folder holds
 what was used.
 """
+ENCODER = """
+# Settings of `baseline encoder`
+
+They are given in the same way; with glm-nano as the encoder, `configs/encoder-glm-nano.yaml` lies under them.
+"""
 
 
 def render() -> str:
     """Return the page."""
-    parts = [HEAD]
-    for section, field in Settings.model_fields.items():
+    return HEAD + _sections(Settings) + ENCODER + _sections(EncoderSettings)
+
+
+def _sections(kind: type[Tree]) -> str:
+    parts = []
+    for section, field in kind.model_fields.items():
         group: Any = field.annotation
         parts.append(f"\n## {section}\n\n{(group.__doc__ or '').strip()}\n\n")
         parts.append("| key | default | allowed | meaning |\n|---|---|---|---|\n")

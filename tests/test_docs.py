@@ -63,6 +63,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         "chat",
         "doctor",
         "baseline tfidf",
+        "baseline encoder",
     ],
 )
 def test_help_of_every_command_has_an_example(command: str) -> None:

@@ -120,6 +120,15 @@ class Task(BaseModel):
         match = self._pattern(column).fullmatch(text)
         return match.span(1) if match else (0, len(text))
 
+    def column_spans(self, text: str) -> list[tuple[int, int]]:
+        """Return where the columns stand in a rendered input, in its order, as `(start, end)` characters.
+
+        A text that does not follow the template is one span, the whole of it.
+        """
+        pieces = ["(.*?)" if literal is None else re.escape(literal) for literal, _ in self._parts]
+        match = re.fullmatch("".join(pieces), text, re.DOTALL)
+        return [match.span(number) for number in range(1, match.re.groups + 1)] if match else [(0, len(text))]
+
     def follows_template(self, text: str) -> bool:
         """Whether a text is what `render` could have made of some row."""
         return self._pattern(None).fullmatch(text) is not None
