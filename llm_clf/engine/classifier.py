@@ -156,13 +156,13 @@ class Classifier:
             scores, texts = budget.fit(work, [examples[index].ids for index in batch])
             done(Scored(numbers, scores, [examples[index].cut for index in batch], texts))
 
-    def _plan(self, ids: Sequence[list[int]], budget: int) -> list[list[int]]:
+    def _plan(self, ids: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
         return self._scorer.plan([len(row) for row in ids], budget)
 
-    def _size(self, ids: Sequence[list[int]]) -> int:
+    def _size(self, ids: Sequence[Sequence[int]]) -> int:
         return self._scorer.tokens([len(row) for row in ids])
 
-    def _score_parts(self, ids: Sequence[list[int]], budget: int) -> tuple[np.ndarray, list[str] | None]:
+    def _score_parts(self, ids: Sequence[Sequence[int]], budget: int) -> tuple[np.ndarray, list[str] | None]:
         """Return scores and generated answers of a batch's rows, in parts where the budget is less than theirs."""
         scores = np.empty((len(ids), len(self._tokens.answers)), dtype=np.float32)
         texts = [""] * len(ids)

@@ -49,7 +49,7 @@ Evaluate = Callable[[], dict[str, float]]
 class TrainingExample:
     """A prompt with the answer that it should get."""
 
-    ids: list[int]
+    ids: Sequence[int]
     """Token ids of the prompt."""
     answer: list[int]
     """Token ids of the answer, with the end token."""
