@@ -45,6 +45,8 @@ from llm_clf.runs import (
 )
 
 INPUTS = "inputs.json"
+TOKENS = "tokens"
+"""In the prompts folder: tokens of its rows, which trainings make and find again."""
 CHECKPOINTED = ("", ", activations computed again in the backward")
 
 
@@ -318,11 +320,13 @@ def _fit_in_memory(settings: Settings, data: TrainingData, folder: Path, device:
 def _tokenize(base: Any, data: TrainingData, settings: Settings) -> _Rows:
     """Return the training rows as tokens with their answers."""
     from llm_clf.engine.classifier import prompt_tokenizer
+    from llm_clf.engine.token_cache import TokenCache
     from llm_clf.engine.training import TrainingExample, row_weights
     from llm_clf.models.bases import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
-    tokens = prompt_tokenizer(tokenizer, base, data.task, settings)
+    cache = TokenCache(data.folder / TOKENS) if settings.data.token_cache else None
+    tokens = prompt_tokenizer(tokenizer, base, data.task, settings, cache)
     encoded = tokens.encode(data.train)
     labels = [prompt.label for prompt in data.train if prompt.label is not None]
     weights = row_weights(labels, settings.train.class_weights)

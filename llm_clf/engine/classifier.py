@@ -13,6 +13,7 @@ from llm_clf.engine.generation import TextGenerator
 from llm_clf.engine.scores import Scored, windows
 from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.speed import speed_up
+from llm_clf.engine.token_cache import TokenCache
 from llm_clf.engine.tokens import PromptTokenizer
 from llm_clf.errors import ArtifactError
 from llm_clf.models.adapters import attach_adapter, merge_adapter, require_mergeable
@@ -189,8 +190,10 @@ def require_same_base(run: Run) -> None:
         )
 
 
-def prompt_tokenizer(tokenizer: Any, base: Any, task: Task, settings: Settings) -> PromptTokenizer:
+def prompt_tokenizer(
+    tokenizer: Any, base: Any, task: Task, settings: Settings, cache: TokenCache | None = None
+) -> PromptTokenizer:
     """Return what tokenises prompts for a base: the settings' length, or the base's own where that is less."""
     limit = context_length(base.config)
     max_length = min(settings.data.max_length, limit) if limit else settings.data.max_length
-    return PromptTokenizer(tokenizer, task, max_length=max_length, cut=settings.data.cut)
+    return PromptTokenizer(tokenizer, task, max_length=max_length, cut=settings.data.cut, cache=cache)

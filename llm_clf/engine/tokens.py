@@ -1,15 +1,22 @@
 """The only place where a row becomes tokens: for training, validation, prediction and chat alike."""
 
+import json
 import re
 from array import array
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llm_clf.engine.packing import common_beginning
 from llm_clf.errors import ConfigError, LabelError
+from llm_clf.prompting import tasks
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task
+
+if TYPE_CHECKING:
+    from llm_clf.engine.token_cache import TokenCache
 
 # Stands for the message while the chat template is rendered; nothing that a template would change or strip.
 _PLACE = "llm-clf-message-goes-here"
@@ -17,6 +24,8 @@ _PLACE = "llm-clf-message-goes-here"
 PROBES = ("", "a", "Z", "1", "(", " x", "中", "é", "\n")
 # Rows that are tokenised in one call: enough for all cores, and what a tokenizer notes beside the tokens stays small.
 ROWS = 1024
+# Fewest characters of rows whose tokens are kept: fewer are tokenised before a large tokenizer is told from others.
+WORTHWHILE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +46,24 @@ class PromptTokenizer:
         task: Gives the instruction, the template and the labels.
         max_length: Most tokens of a prompt with its longest answer.
         cut: The column that gives way in a longer row; None: the end of the input.
+        cache: Where the tokens of many rows are kept and found again; None: nowhere.
 
     Raises:
         LabelError: Two labels have the same tokens.
         ConfigError: The instruction alone leaves no room for any text.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, *, max_length: int, cut: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, task: Task, *, max_length: int, cut: str | None = None, cache: "TokenCache | None" = None
+    ) -> None:
         if cut is not None and cut not in task.columns:
             raise ConfigError(f"data.cut {cut!r}: is no column of the task; these are {', '.join(task.columns)}.")
         self.task = task
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._cut = cut or task.cut
+        # A tokenizer in Python does not tell what it is made of.
+        self._cache = cache if getattr(tokenizer, "is_fast", False) else None
         self._head, self._before, self._after, self._tail = _frame(tokenizer)
         self.answers = self._tokenize_labels()
         """Token sequences by label, then by word, each with the end token."""
@@ -64,6 +78,11 @@ class PromptTokenizer:
     def encode(self, prompts: Sequence[Prompt]) -> list[Example]:
         """Return the prompts as token ids, each at most `max_prompt` long."""
         inputs = [prompt.input for prompt in prompts]
+        if self._cache is None or sum(map(len, inputs)) < WORTHWHILE:
+            return self._encode_all(inputs)
+        return self._cache.get([self._maker, *inputs], lambda: self._encode_all(inputs))
+
+    def _encode_all(self, inputs: Sequence[str]) -> list[Example]:
         return [example for at in range(0, len(inputs), ROWS) for example in self._encode_rows(inputs[at : at + ROWS])]
 
     def shared(self) -> list[int]:
@@ -122,6 +141,19 @@ class PromptTokenizer:
             else:
                 fits, kept = size, ids
         return kept
+
+    @cached_property
+    def _maker(self) -> str:
+        """All that the tokens of an input depend on beside it."""
+        import tokenizers
+        import transformers
+
+        # The code itself stands for how rows are cut: nobody has to remember to raise a version.
+        code = [Path(file).read_text(encoding="utf-8") for file in (__file__, tasks.__file__)]
+        versions = [type(self._tokenizer).__qualname__, transformers.__version__, tokenizers.__version__]
+        frame = [self._head, self._before, self._after, self._tail]
+        task = [self.task.instruction, self.task.input, self._cut, self.max_prompt]
+        return json.dumps([code, versions, self._tokenizer.backend_tokenizer.to_str(), frame, task])
 
     def _encode_inputs(self, inputs: Sequence[str]) -> list[list[int]]:
         texts = [f"{self._before}{self.task.instruction}\n{text}{self._after}" for text in inputs]
