@@ -67,6 +67,8 @@ class DataSettings(Section):
     """Most tokens of a prompt with its answer; never more than the base's own limit."""
     cut: str | None = None
     """The column that gives way in a row that is too long; none: the one that the task names."""
+    token_cache: bool = True
+    """finetune keeps the tokens of many rows in the prompts folder, `DIR/tokens`, and finds them again."""
 
 
 class LoraSettings(Section):

@@ -255,7 +255,7 @@ def test_prompt_of_a_row_is_round_1_with_instruction_newline_and_input(
         tokenizer = tokenizers(SHIPPED / "tokenizer" / "small_sp.model", family)[0]
         tokens = PromptTokenizer(tokenizer, task, max_length=1024)
         text = task.render({column: "People, neoplasm: a [MASK] in sop, eop </s>" for column in task.columns})
-        ids = tokens.encode([Prompt("0", text, None, {})])[0].ids
+        ids = list(tokens.encode([Prompt("0", text, None, {})])[0].ids)
         query = f"{task.instruction}\n{text}"
         if family == "chatglm2":
             assert ids == tokenizer(f"[Round 1]\n\n问：{query}\n\n答：")["input_ids"]

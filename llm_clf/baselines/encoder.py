@@ -27,7 +27,7 @@ SORTED_STEPS = 50
 class LabelledRow:
     """A row to learn."""
 
-    ids: list[int]
+    ids: Sequence[int]
     """Token ids."""
     label: int
     """Its number in the task's order."""

@@ -281,7 +281,7 @@ class EncoderScorer:
         return scores
 
     @torch.inference_mode()
-    def _scores(self, rows: Sequence[list[int]], budget: int) -> np.ndarray:
+    def _scores(self, rows: Sequence[Sequence[int]], budget: int) -> np.ndarray:
         """Return log-probabilities in nats, fp32, shape `(rows, labels)`, in parts where the budget is less."""
         scores = np.empty((len(rows), self._labels), dtype=np.float32)
         for part in plan_rows(rows, budget):

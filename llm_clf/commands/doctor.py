@@ -36,9 +36,6 @@ PACKAGES = (
 if TYPE_CHECKING:
     from llm_clf.models.budget import RowLengths
 
-# Rows tokenised at once, so that a large prompts folder is not held as tokens.
-CHUNK = 1024
-
 
 def doctor(*, model: str | None = None, set: Sequence[str] = (), data: str | Path | None = None) -> dict[str, Any]:
     """Return facts about this machine as plain values fit for JSON; sizes are in bytes.
@@ -279,11 +276,9 @@ def _row_lengths(
     head = make_head(settings.model, tokens)
     answers = {label: len(head.answer(number)) for number, label in enumerate(task.names)}
     longest = total = cut = 0
-    for start in range(0, len(rows), CHUNK):
-        some = rows[start : start + CHUNK]
-        for prompt, example in zip(some, tokens.encode(some), strict=True):
-            length = len(example.ids) + answers[prompt.label or ""]
-            longest, total, cut = max(longest, length), total + length, cut + example.cut
+    for prompt, example in zip(rows, tokens.encode(rows), strict=True):
+        length = len(example.ids) + answers[prompt.label or ""]
+        longest, total, cut = max(longest, length), total + length, cut + example.cut
     mean = round(total / len(rows), 1)
     facts = {"measured": True, "rows": len(rows), "longest_tokens": longest, "mean_tokens": mean, "cut": cut}
     return RowLengths(longest, mean, max(answers.values())), facts

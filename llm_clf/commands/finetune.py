@@ -53,6 +53,8 @@ from llm_clf.sweeping.space import Sweep, ends, load_sweep
 if TYPE_CHECKING:
     from llm_clf.engine.training import Watch
 
+TOKENS = "tokens"
+"""In the prompts folder: tokens of its rows, which trainings make and find again."""
 CHECKPOINTED = ("", ", activations computed again in the backward")
 
 
@@ -380,12 +382,14 @@ def _tokenize(base: Any, data: TrainingData, settings: Settings) -> _Rows:
     """Return the training rows as tokens with their answers."""
     from llm_clf.engine.classifier import prompt_tokenizer
     from llm_clf.engine.heads import make_head
+    from llm_clf.engine.token_cache import TokenCache
     from llm_clf.engine.tokens import TrainingExample
     from llm_clf.engine.training import row_weights
     from llm_clf.models.bases import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
-    tokens = prompt_tokenizer(tokenizer, base, data.task, settings)
+    cache = TokenCache(data.folder / TOKENS) if settings.data.token_cache else None
+    tokens = prompt_tokenizer(tokenizer, base, data.task, settings, cache)
     head = make_head(settings.model, tokens)
     encoded = tokens.encode(data.train)
     labels = [prompt.label for prompt in data.train if prompt.label is not None]

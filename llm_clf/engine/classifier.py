@@ -14,6 +14,7 @@ from llm_clf.engine.heads import Head, make_head
 from llm_clf.engine.scores import Scored, windows
 from llm_clf.engine.scoring import LabelScorer
 from llm_clf.engine.speed import speed_up
+from llm_clf.engine.token_cache import TokenCache
 from llm_clf.engine.tokens import PromptTokenizer
 from llm_clf.errors import ArtifactError
 from llm_clf.models.adapters import attach_adapter, merge_adapter, require_mergeable
@@ -161,13 +162,13 @@ class Classifier:
             scores, texts = budget.fit(work, [examples[index].ids for index in batch])
             done(Scored(numbers, scores, [examples[index].cut for index in batch], texts))
 
-    def _plan(self, ids: Sequence[list[int]], budget: int) -> list[list[int]]:
+    def _plan(self, ids: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
         return self._scorer.plan([len(row) for row in ids], budget)
 
-    def _size(self, ids: Sequence[list[int]]) -> int:
+    def _size(self, ids: Sequence[Sequence[int]]) -> int:
         return self._scorer.tokens([len(row) for row in ids])
 
-    def _score_parts(self, ids: Sequence[list[int]], budget: int) -> tuple[np.ndarray, list[str] | None]:
+    def _score_parts(self, ids: Sequence[Sequence[int]], budget: int) -> tuple[np.ndarray, list[str] | None]:
         """Return scores and generated answers of a batch's rows, in parts where the budget is less than theirs."""
         scores = np.empty((len(ids), len(self._tokens.task.names)), dtype=np.float32)
         texts = [""] * len(ids)
@@ -194,9 +195,11 @@ def require_same_base(run: Run) -> None:
         )
 
 
-def prompt_tokenizer(tokenizer: Any, base: Any, task: Task, settings: Settings) -> PromptTokenizer:
+def prompt_tokenizer(
+    tokenizer: Any, base: Any, task: Task, settings: Settings, cache: TokenCache | None = None
+) -> PromptTokenizer:
     """Return what tokenises prompts for a base: the settings' length, or the base's own where that is less."""
     limit = context_length(base.config)
     max_length = min(settings.data.max_length, limit) if limit else settings.data.max_length
     words = settings.model.head == "label-words"
-    return PromptTokenizer(tokenizer, task, max_length=max_length, cut=settings.data.cut, words=words)
+    return PromptTokenizer(tokenizer, task, max_length=max_length, cut=settings.data.cut, words=words, cache=cache)

@@ -14,6 +14,7 @@ from llm_clf.prompting.tasks import Task, load_task
 class TrainingData:
     """What is trained and validated on."""
 
+    folder: Path
     task: Task
     train: list[Prompt]
     """Labelled rows only."""
@@ -48,4 +49,4 @@ def read_training_data(folder: Path) -> TrainingData:
         )
     valid = read_split(folder, "valid", task)
     hashes = {split: file_hash(folder / f"{split}.jsonl") for split in SPLITS[:2]}
-    return TrainingData(task, train, valid, len(rows) - len(train), hashes)
+    return TrainingData(folder, task, train, valid, len(rows) - len(train), hashes)
