@@ -122,6 +122,19 @@ def test_loss_and_gradients_of_adapter_and_head_equal_transformers_and_peft(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
+def test_checkpointing_computes_the_same_gradients(pooling: str) -> None:
+    found = []
+    for again in (False, True):
+        model = classifier("glm").train()
+        if again:
+            model.activation_checkpointing_enable()
+        _backward_of(model, LinearHead(pooling), EXAMPLES, SpeedSettings(), 3, Accelerator(cpu=True)).do(EXAMPLES, 64)
+        found.append([parameter.grad for parameter in trainable(model)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6 * one.abs().max().item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_label_is_as_probable_before_training(pooling: str) -> None:
     model, head = classifier("glm", fresh=True), LinearHead(pooling)
     loss = head.padded_loss(model, EXAMPLES, 3).item()
