@@ -101,7 +101,7 @@ def ensemble(
     *,
     data: str | Path,
     out: str | Path,
-    method: Method = "mean",
+    method: Method = "log-odds",
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
