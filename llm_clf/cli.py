@@ -264,7 +264,7 @@ def ensemble(
             metavar="mean|log-odds|stacking",
             help="Weighted mean of probabilities or of log-odds, or logistic regression on top.",
         ),
-    ] = "mean",
+    ] = "log-odds",
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:

@@ -134,7 +134,8 @@ def refused(place: Place, words: tuple[object, ...], *telling: str) -> str:
     # Above the message there is nothing but the plain lines that tell what is going on.
     notes, _, message = err.partition("error: ")
     assert all(
-        line.startswith(("Base ", "Note: ", "base", "12 training rows", "Going on")) for line in notes.splitlines()
+        line.startswith(("Base ", "Note: ", "base", "12 training rows", "Going on", "run:"))
+        for line in notes.splitlines()
     ), notes
     for word in telling:
         assert word in message, (word, message)
@@ -1292,6 +1293,79 @@ def _(place: Place) -> tuple[object, ...]:
 @kind("metrics below a file", "cannot be written")
 def _(place: Place) -> tuple[object, ...]:
     return ("evaluate", "predictions.csv", "--out", "rows.csv/scores")
+
+
+# --- compare, ensemble and leaderboard --------------------------------------------------------------------------------
+
+
+@kind("a comparison with a file that is absent", "nowhere.csv: there is no such file")
+def _(place: Place) -> tuple[object, ...]:
+    return ("compare", "predictions.csv", "nowhere.csv")
+
+
+@kind("a comparison with rows that are no predictions", "many.csv: needs the column", "llm-clf predict")
+def _(place: Place) -> tuple[object, ...]:
+    return ("compare", "predictions.csv", "many.csv")
+
+
+@kind("a comparison of different rows", "2 of the 6 rows of predictions.csv are not in fewer.csv", "same rows")
+def _(place: Place) -> tuple[object, ...]:
+    lines = place.path("predictions.csv").read_text().splitlines(keepends=True)
+    place.write("fewer.csv", "".join(lines[:-2]))
+    return ("compare", "predictions.csv", "fewer.csv")
+
+
+@kind("a comparison into a run", "--out run: is a run", "comparison.json")
+def _(place: Place) -> tuple[object, ...]:
+    return ("compare", "predictions.csv", "predictions.csv", "--out", "run")
+
+
+@kind("a comparison below a file", "cannot be written")
+def _(place: Place) -> tuple[object, ...]:
+    return ("compare", "predictions.csv", "predictions.csv", "--out", "rows.csv/scores")
+
+
+@kind("an ensemble of one run", "needs two different runs or more", "found tfidf")
+def _(place: Place) -> tuple[object, ...]:
+    return ("ensemble", "tfidf", "--data", "prompts", "--out", "new")
+
+
+@kind("an ensemble of an unknown method", "--method 'vote'", "mean, log-odds, stacking")
+def _(place: Place) -> tuple[object, ...]:
+    return ("ensemble", "tfidf", "run", "--data", "prompts", "--out", "new", "--method", "vote")
+
+
+@kind("an ensemble of a run and an adapter", "adapter: has no run.json, so it is no run")
+def _(place: Place) -> tuple[object, ...]:
+    return ("ensemble", "tfidf", "adapter", "--data", "prompts", "--out", "new")
+
+
+@kind("an ensemble of a damaged record of rows", "tfidf/trained-rows.npy: is damaged")
+def _(place: Place) -> tuple[object, ...]:
+    place.write("tfidf/trained-rows.npy", "what is this")
+    return ("ensemble", "tfidf", "run", "--data", "prompts", "--out", "new")
+
+
+@kind("an ensemble of a base that is another one now", "run: the base", "not the one that the run was trained on")
+def _(place: Place) -> tuple[object, ...]:
+    tokenizer = place.path("base/tokenizer_config.json")
+    place.write("base/tokenizer_config.json", tokenizer.read_text() + " ")
+    return ("ensemble", "run", "tfidf", "--data", "prompts", "--out", "new")
+
+
+@kind("a leaderboard of a split that there is not", "--split 'all'", "test and valid")
+def _(place: Place) -> tuple[object, ...]:
+    return ("leaderboard", "tfidf", "--data", "prompts", "--split", "all")
+
+
+@kind("a leaderboard onto the prompts", "--out prompts: is the input prompts")
+def _(place: Place) -> tuple[object, ...]:
+    return ("leaderboard", "tfidf", "--data", "prompts", "--out", "prompts")
+
+
+@kind("a leaderboard onto a file", "--out rows.csv: is a file", "leaderboard.csv")
+def _(place: Place) -> tuple[object, ...]:
+    return ("leaderboard", "tfidf", "--data", "prompts", "--out", "rows.csv")
 
 
 # --- chat and doctor --------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / "prompts", folder / name)
         (folder / name / "train.jsonl").write_text("".join(own))
         llm_clf.baseline_tfidf(folder / name, out=folder / "runs" / name)
-    llm_clf.ensemble(runs(folder), data=folder / "prompts", out=folder / "runs" / "both")
+    llm_clf.ensemble(runs(folder), data=folder / "prompts", out=folder / "runs" / "both", method="mean")
     return folder
 
 
@@ -442,11 +442,11 @@ def test_a_killed_ensemble_goes_on_and_is_the_same(place: Path, monkeypatch: pyt
     with monkeypatch.context() as patched:
         kill_at_member(1, patched)
         with pytest.raises(Killed):
-            llm_clf.ensemble(runs(place), data=place / "prompts", out=out)
+            llm_clf.ensemble(runs(place), data=place / "prompts", out=out, method="mean")
     assert (partial_name(out) / "checkpoints" / "member-0").is_file()
     with pytest.raises(ConfigError, match="an interrupted command left this"):
         llm_clf.ensemble(runs(place), data=place / "prompts", out=out)
-    llm_clf.ensemble(runs(place), data=place / "prompts", out=out, resume=True)
+    llm_clf.ensemble(runs(place), data=place / "prompts", out=out, method="mean", resume=True)
     for name in ("ensemble.json", "predictions-valid.parquet"):
         assert (out / name).read_bytes() == (place / "runs" / "both" / name).read_bytes()
     assert not (out / "checkpoints").exists() and not partial_name(out).exists()

@@ -18,7 +18,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 # Below the resolution of fp32 next to 1, a probability says no more than "never": a member that is that sure and wrong
 # would outweigh all others in a mean of logarithms.
 FLOOR = float(np.log(np.finfo(np.float32).eps))
-# With fewer labelled rows, weights that were chosen are worse than equal ones as often as not.
+# Simulated, weights chosen by 50 rows are clearly better than equal ones where members differ in quality, and cost up
+# to a tenth of the log-loss where they do not; fewer rows cost more.
 MIN_ROWS = 50
 FOLDS = 5
 SEED = 42

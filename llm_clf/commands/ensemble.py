@@ -101,7 +101,7 @@ def ensemble(
     *,
     data: str | Path,
     out: str | Path,
-    method: Method = "mean",
+    method: Method = "log-odds",
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -337,4 +337,4 @@ def _show(inputs: _Inputs, chosen: Chosen, measured: Sequence[dict[str, Any]], t
     say(table(["validation rows", "kind", "weight", *SHOWN], rows))
     flattered = [str(run.folder) for run in inputs.members if run.kind in CHOOSES_BY_VALIDATION]
     if flattered:
-        say(f"By these rows {', '.join(flattered)} chose what to keep, which flatters them: the test rows do not.")
+        say(f"{', '.join(flattered)}: kept what was best on these rows, which flatters it here and not on test rows.")

@@ -44,8 +44,6 @@ class _Entrant:
 class _Measured:
     """What its predictions cost."""
 
-    key: str
-    """Of all that the predictions depend on."""
     rows_per_second: float
     """Loading left out; of the time when the predictions were made."""
     size_bytes: int
@@ -126,19 +124,20 @@ def _read_entrants(folders: Sequence[Path], data: Path, split: str) -> list[_Ent
 
 
 def _predict(entrant: _Entrant, folder: Path, *, keep: bool) -> tuple[PredictionTable, _Measured]:
-    """Return the predictions of a run: those that are there, where neither run nor rows have changed."""
+    """Return the predictions of a run: those that are there, where neither run nor rows have changed.
+
+    The name of the file has a hash of all that they depend on.
+    """
     run, key = entrant.run, job_key(entrant.source, survey_rows(entrant.prompts))
-    file = folder / f"{run.folder.resolve().name}-{key[:8]}.parquet"
+    file = folder / f"{run.folder.resolve().name}-{key[:16]}.parquet"
     cost = file.with_suffix(".json")
     if file.is_file() and cost.is_file():
-        measured = _Measured(**read_json(cost))
-        if measured.key == key:
-            say(f"{run.folder}: its predictions are in {file}.")
-            return read_predictions(file), measured
+        say(f"{run.folder}: its predictions are in {file}.")
+        return read_predictions(file), _Measured(**read_json(cost))
     say(f"{run.folder}:")
     journal = partial_name(file) if keep else None
     figures = predict_prompts(entrant.source, entrant.prompts, file, journal=journal, resume=True)
-    measured = _Measured(key, figures["rows_per_second"], _size(entrant))
+    measured = _Measured(figures["rows_per_second"], _size(entrant))
     if keep:
         write_json(cost, asdict(measured))
     return read_predictions(file), measured
