@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 baseline = typer.Typer(
-    help="Train a classic model that says whether a language model is worth its price.",
+    help="Train a smaller model that says whether a language model is worth its price.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )

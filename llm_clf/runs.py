@@ -275,7 +275,7 @@ def _require_unchanged(run: Run) -> None:
 def _why_no_run(folder: Path) -> str:
     if not folder.exists():
         if partial_name(folder).is_dir():
-            return "the run is not finished. `llm-clf finetune … --resume` goes on with it."
+            return "the run is not finished. The command that makes it goes on with --resume."
         return "there is no such folder."
     return "has no run.json, so it is no run. Give a folder that `llm-clf finetune` or `llm-clf baseline` finished."
 

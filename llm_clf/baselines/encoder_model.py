@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
 from torch.nn.utils.rnn import pad_sequence
@@ -179,9 +178,9 @@ def load_classifier(folder: Path, settings: EncoderSettings, labels: int, device
     trunk = load_trunk(str(folder), attention=_attention(settings, device))
     model = FusionClassifier(trunk, settings.head, labels, dtype=dtype)
     try:
-        stored = load_file(folder / ENCODER_WEIGHTS)
-        head = {name.removeprefix(HEAD): weight for name, weight in stored.items() if name.startswith(HEAD)}
-        model.head.load_state_dict(head)
+        with safe_open(folder / ENCODER_WEIGHTS, framework="pt") as stored:
+            names = [name for name in stored.keys() if name.startswith(HEAD)]  # noqa: SIM118, it is no dictionary
+            model.head.load_state_dict({name.removeprefix(HEAD): stored.get_tensor(name) for name in names})
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder / ENCODER_WEIGHTS}: its head does not fit: {reason}. Train again.") from error

@@ -27,6 +27,7 @@ from llm_clf.runs import (
     VALID_PREDICTIONS,
     commit,
     is_finished,
+    is_run,
     package_versions,
     require_run_place,
     require_same_inputs,
@@ -133,7 +134,7 @@ def _drop_fruitless(unfinished: Path) -> None:
     """Remove an unfinished run in which nothing was learned yet: there is nothing to go on with."""
     from llm_clf.engine.training import has_checkpoint
 
-    if not (unfinished / "run.json").is_file() and not has_checkpoint(unfinished / CHECKPOINTS):
+    if not is_run(unfinished) and not has_checkpoint(unfinished / CHECKPOINTS):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
