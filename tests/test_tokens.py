@@ -257,3 +257,14 @@ def test_labels_that_tokenise_alike_are_refused(make_base: MakeBase, short_task:
     # A linear head does not ask for their words, and needs no room for them.
     tokens = PromptTokenizer(Deaf(), load_task(short_task), max_length=100, words=False)
     assert tokens.answers == [] and tokens.max_prompt == 100
+
+
+def test_a_special_token_that_is_a_piece_of_the_vocabulary_is_not_found_in_a_text() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -5.0), ("b", -5.0)]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    assert tokenizer("a</s>b", split_special_tokens=True)["input_ids"] == [3, 1, 4], "the trap is there"
+    assert tokenize_text(tokenizer, ["a</s>b", "ab", ""]) == [[3, 2, 4], [3, 4], []]

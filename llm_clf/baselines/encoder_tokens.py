@@ -23,9 +23,6 @@ class RowTokenizer:
         self.max_length = max_length
         self._tokenizer, self._task, self._pad_id = tokenizer, task, pad_id
         self._head, self._tail = _around(tokenizer)
-        unknown = tokenizer.unk_token_id
-        self._forbidden = set(tokenizer.all_special_ids) - {unknown}
-        self._instead = [] if unknown is None else [unknown]
 
     def encode(self, texts: Sequence[str]) -> list[Example]:
         """Return inputs as token ids, each at most `max_length` long; none is empty."""
@@ -39,20 +36,7 @@ class RowTokenizer:
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # Token types are not asked for: there is one text, and a model without them in its input takes them for zero.
-        return [
-            [*self._head, *self._plain(ids), *self._tail] or [self._pad_id]
-            for ids in tokenize_text(self._tokenizer, texts)
-        ]
-
-    def _plain(self, ids: list[int]) -> list[int]:
-        """Return the tokens of a text without special ones.
-
-        A vocabulary of pieces with probabilities (Unigram, as XLM-RoBERTa has) holds `</s>` as a piece like any other,
-        so it is found in a text although special tokens are split.
-        """
-        if self._forbidden.isdisjoint(ids):
-            return ids
-        return [one for token in ids for one in (self._instead if token in self._forbidden else [token])]
+        return [[*self._head, *ids, *self._tail] or [self._pad_id] for ids in tokenize_text(self._tokenizer, texts)]
 
     def _fits(self, text: str) -> bool:
         return len(self._encode([text])[0]) <= self.max_length

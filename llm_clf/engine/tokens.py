@@ -215,7 +215,11 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> li
 
 
 def tokenize_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of plain texts: what looks like a special token in them stays text."""
+    """Return the tokens of plain texts: what looks like a special token in them stays text.
+
+    A vocabulary of pieces with probabilities (Unigram, as XLM-RoBERTa and T5 have) holds `</s>` as a piece like any
+    other and finds it although special tokens are split: the unknown token stands instead, nothing where there is none.
+    """
     if not texts:
         return []
     encoded = tokenizer(
@@ -227,7 +231,13 @@ def tokenize_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         verbose=False,
     )
     ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    unknown = tokenizer.unk_token_id
+    special = set(tokenizer.all_special_ids) - {unknown}
+    instead = [] if unknown is None else [unknown]
+    return [
+        row if special.isdisjoint(row) else [i for token in row for i in (instead if token in special else [token])]
+        for row in ids
+    ]
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], str, str, list[int]]:
