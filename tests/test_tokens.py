@@ -11,7 +11,7 @@ from conftest import CHAT_TEMPLATE, SHORT_TASK
 
 from llm_clf.config import ModelSettings
 from llm_clf.engine import tokens
-from llm_clf.engine.tokens import PromptTokenizer, encode_messages
+from llm_clf.engine.tokens import PromptTokenizer, encode_messages, tokenize_text
 from llm_clf.errors import ConfigError, LabelError
 from llm_clf.models.bases import load_tokenizer
 from llm_clf.prompting.prompts import Prompt
@@ -248,6 +248,7 @@ def test_labels_that_tokenise_alike_are_refused(make_base: MakeBase, short_task:
 
         chat_template = None
         eos_token_id = pad_token_id = 0
+        unk_token_id, all_special_ids = None, [0]
 
         def __call__(self, texts: str | list[str], **_: object) -> dict[str, object]:
             return {"input_ids": [[7] for _ in texts] if isinstance(texts, list) else [7]}
