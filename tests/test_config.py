@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from llm_clf.config import EncoderSettings, Settings, known_keys, load_settings, load_tree, settings_to_dict
 from llm_clf.errors import ConfigError
 from llm_clf.prompting.tasks import load_task
+from llm_clf.sweeping.space import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -264,10 +265,22 @@ def test_written_settings_load_as_they_were(tmp_path: Path) -> None:
     assert load_settings([file]) == settings
 
 
-@pytest.mark.parametrize("file", yaml_files("configs"), ids=lambda file: str(file.relative_to(ROOT)))
+SWEEPS = yaml_files("configs/sweeps")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in yaml_files("configs") if file not in SWEEPS],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
 def test_every_config_that_ships_loads(file: Path) -> None:
     kind = EncoderSettings if file.name.startswith("encoder-") else Settings
     assert load_tree(kind, [file]) != kind()
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_sweep_that_ships_loads(file: Path) -> None:
+    assert load_sweep(file, Settings()).settings
 
 
 @pytest.mark.parametrize("file", yaml_files("prompts"), ids=lambda file: str(file.relative_to(ROOT)))
@@ -277,4 +290,5 @@ def test_every_task_that_ships_loads(file: Path) -> None:
 
 def test_the_configs_and_tasks_that_ship_were_found() -> None:
     assert ROOT / "configs" / "glm-nano.yaml" in yaml_files("configs")
+    assert ROOT / "configs" / "sweeps" / "example.yaml" in SWEEPS
     assert ROOT / "prompts" / "medical_paper.yaml" in yaml_files("prompts")

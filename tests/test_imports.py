@@ -14,6 +14,7 @@ ROOMS = (
     "decisions",
     "evaluation",
     "baselines",
+    "sweeping",
     "sources",
     "conversation",
     "commands",
@@ -28,7 +29,7 @@ BETWEEN_SHARED = {
     "config": ("errors", "files"),
     "runs": ("errors", "files", "config", "console", "prompting"),
 }
-HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "optuna")
 
 RUN_LIGHT_COMMANDS = """
 import sys

@@ -71,10 +71,10 @@ def run_sweep(
     with open_trials(folder / SWEEP / STUDY, sweep, maximize=metric not in LOWER_IS_BETTER) as trials:
         while (trial := trials.next()) is not None:
             _clear(folder, trials.best(), trial)
-            say(f"\nTrial {trial.number}, of {sweep.trials} from 0: {_words(trial.settings)}")
+            say(f"\nTrial {trial.number} ({trial.number + 1}/{sweep.trials}): {_words(trial.settings)}")
             _try(trial, trials, settings, folder, train)
             say(_outcome(trials, trial.number, metric))
-            _write_table(folder / SWEEP / TABLE, trials.all(), metric, list(sweep.settings))
+            _write_table(folder / SWEEP / TABLE, trials.all(), metric)
         best, made = trials.best(), trials.all()
     if best is None:
         errors = "\n".join(f"  {error}" for error in dict.fromkeys(trial.error for trial in made))
@@ -184,7 +184,7 @@ def _outcome(trials: "Trials", number: int, metric: str) -> str:
     trial, best = trials.all()[number], trials.best()
     ended = {
         "complete": f"{metric} {trial.value or 0.0:.4f}",
-        "pruned": f"pruned after {trial.evaluations} evaluations, {metric} {trial.value or 0.0:.4f}",
+        "pruned": f"pruned at evaluation {trial.evaluations}, {metric} {trial.value or 0.0:.4f}",
         "failed": f"failed: {trial.error}",
     }[trial.state]
     so_far = f"trial {best.number} with {metric} {best.value:.4f}" if best is not None else "none"
@@ -201,14 +201,23 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _write_table(file: Path, made: Sequence["Trial"], metric: str, keys: Sequence[str]) -> None:
+def _write_table(file: Path, made: Sequence["Trial"], metric: str) -> None:
     """Write the trials as CSV, with every digit."""
+    rows = [
+        {
+            "number": trial.number,
+            "state": trial.state,
+            # Where it is the metric, that stands here.
+            "log_loss": trial.log_loss,
+            metric: trial.value,
+            "evaluations": trial.evaluations,
+            "seconds": trial.seconds,
+            **{key: value if isinstance(value, float) else _text(value) for key, value in trial.settings.items()},
+            "error": trial.error,
+        }
+        for trial in made
+    ]
     with replacing(file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(["number", "state", metric, "log_loss", "evaluations", "seconds", *keys, "error"])
-        for trial in made:
-            values = [value if isinstance(value, float) else _text(value) for value in map(trial.settings.get, keys)]
-            measured = [trial.value, trial.log_loss] if metric != "log_loss" else [trial.value]
-            writer.writerow(
-                [trial.number, trial.state, *measured, trial.evaluations, trial.seconds, *values, trial.error]
-            )
+        writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

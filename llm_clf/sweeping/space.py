@@ -86,6 +86,8 @@ class Sweep(Section):
     """Seed of what is drawn. The trainings have their own, `train.seed`, which is the same in all trials."""
     startup_trials: Annotated[int, Field(ge=1)] = 5
     """So many trials are drawn blindly, and as many are trained to the end before any is broken off."""
+    warmup_evaluations: Annotated[int, Field(ge=0)] = 1
+    """So many evaluations of each trial break nothing off: early in a training, a metric tells little."""
     settings: Annotated[dict[str, Space], Field(min_length=1)]
     """What is tried of each setting: a list of choices, or a range."""
 
@@ -169,7 +171,7 @@ def _space_faults(key: str, raw: Any, settings: Settings) -> Iterator[str]:
     try:
         space = _SPACE.validate_python(raw)
     except ValidationError as error:
-        yield from _form_faults(error, Range.model_fields, key)
+        yield from _form_faults(error, [f"{key}.{name}" for name in Range.model_fields], key)
         return
     if isinstance(space, Range):
         faults = list(_range_faults(key, space))

@@ -95,7 +95,8 @@ class Trials:
             study_name=NAME,
             storage=storage,
             direction=self._direction,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=sweep.startup_trials),
+            # Evaluations count from 1.
+            pruner=optuna.pruners.MedianPruner(sweep.startup_trials, n_warmup_steps=sweep.warmup_evaluations + 1),
             load_if_exists=True,
         )
 
