@@ -1,6 +1,8 @@
 """Runs measured on the same rows: one table of quality, speed and size."""
 
 import csv
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -127,7 +129,7 @@ def _read_entrants(folders: Sequence[Path], data: Path, split: str) -> list[_Ent
 
 def _predict(entrant: _Entrant, folder: Path, *, keep: bool) -> tuple[PredictionTable, _Measured]:
     """Return the predictions of a run: those that are there, where neither run nor rows have changed."""
-    run, key = entrant.run, job_key(entrant.source, survey_rows(entrant.prompts))
+    run, key = entrant.run, _key(entrant)
     file = folder / f"{run.folder.resolve().name}-{key[:8]}.parquet"
     cost = file.with_suffix(".json")
     if file.is_file() and cost.is_file():
@@ -142,6 +144,14 @@ def _predict(entrant: _Entrant, folder: Path, *, keep: bool) -> tuple[Prediction
     if keep:
         write_json(cost, asdict(measured))
     return read_predictions(file), measured
+
+
+def _key(entrant: _Entrant) -> str:
+    """Return a hash of all that predictions depend on."""
+    scores, decisions = job_key(entrant.source, survey_rows(entrant.prompts)), entrant.source.decisions
+    if decisions is None:
+        return scores
+    return hashlib.sha256(json.dumps([scores, decisions.facts()]).encode()).hexdigest()
 
 
 def _size(entrant: _Entrant) -> int:

@@ -124,7 +124,7 @@ def _best_offset(logits: Floats, label: int, truth: Indices, weights: Floats) ->
     hit[1:] = hit[0] - np.where((rival == gold)[:, None], taken, 0).cumsum(axis=0)
     own[1:, label] += weight.cumsum()
     hit[1:, label] += np.where(gold == label, weight, 0).cumsum()
-    support = np.bincount(truth, weights=weights, minlength=labels)
+    support = _totals(truth, weights, labels)
     values = _f1(hit, own, support).mean(axis=1)
     # Rows of the same margin go over together.
     allowed = np.append(True, np.append(np.diff(margins) > 0, True))
@@ -137,10 +137,15 @@ def _best_offset(logits: Floats, label: int, truth: Indices, weights: Floats) ->
 
 
 def _macro_f1(choices: Indices, truth: Indices, weights: Floats, labels: int) -> float:
-    own = np.bincount(choices, weights=weights, minlength=labels)
-    support = np.bincount(truth, weights=weights, minlength=labels)
-    hit = np.bincount(truth, weights=np.where(choices == truth, weights, 0), minlength=labels)
+    own = _totals(choices, weights, labels)
+    support = _totals(truth, weights, labels)
+    hit = _totals(truth, np.where(choices == truth, weights, 0), labels)
     return float(_f1(hit, own, support).mean())
+
+
+def _totals(classes: Indices, weights: Floats, labels: int) -> Floats:
+    """Return the weight of the rows of each class."""
+    return np.bincount(classes, weights=weights, minlength=labels).astype(np.float64)
 
 
 def _f1(hit: Floats, own: Floats, support: Floats) -> Floats:
