@@ -227,7 +227,4 @@ def _show(decisions: Decisions, metrics: dict[str, Any]) -> None:
         how += f", cross-fitted in {FOLDS} folds: each is decided by what was fitted without it"
     say(f"Validation rows, {how}:\n" + metrics_text(metrics))
     if decisions.shift is not None:
-        say(
-            "Note: these rows have other shares of labels than decide.priors, so these figures are not those of the rows "
-            "that the run is for."
-        )
+        say("Note: these rows have other shares of labels than decide.priors, and the figures are those of these rows.")
