@@ -17,8 +17,8 @@ from llm_clf.decisions.folds import Floats, Indices, folds_of
 
 Method = Literal["none", "temperature", "vector"]
 
-# Fewer rows say less of how sure a model may be than the model itself does: the expected calibration error of 100
-# perfectly calibrated rows is about 0.05 by chance alone.
+# Fewer rows say little of how sure a model may be: of 100 rows whose probabilities hold, the expected calibration error
+# is up to 0.05 by chance alone.
 MIN_ROWS = 100
 # Rows outside the most frequent label, and rows of each label before labels get numbers of their own.
 MIN_OTHERS = 10
@@ -69,8 +69,8 @@ def why_too_few(truth: Indices, labels: int) -> str | None:
     """Return why rows do not suffice to calibrate by, None where they do."""
     if len(truth) < MIN_ROWS:
         return (
-            f"{len(truth):,} labelled validation rows are too few, at least {MIN_ROWS} are needed: by chance alone "
-            "fewer look badly calibrated"
+            f"{len(truth):,} labelled validation rows are too few, at least {MIN_ROWS} are needed: fewer look "
+            "badly calibrated by chance alone"
         )
     others = len(truth) - int(np.bincount(truth, minlength=labels).max())
     if others < MIN_OTHERS:
