@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import f1_score
+from typer.testing import CliRunner, Result
 
 import llm_clf
+from llm_clf.cli import app
+from llm_clf.commands.leaderboard import leaderboard_text
 from llm_clf.config import DecideSettings, load_settings
 from llm_clf.decisions.decide import probabilities
 from llm_clf.decisions.decisions import Decisions, load_decisions
@@ -367,6 +370,35 @@ def test_prior_is_the_setting_of_its_name(tfidf: Train, noisy: Path, tmp_path: P
     assert means[0] < means[1] / 2
     with pytest.raises(ConfigError, match="'2' is no label"):
         llm_clf.predict(tfidf(), rows, out=tmp_path / "no.csv", prior={"2": 0.05})
+
+
+def test_the_command_line_takes_raw_and_prior(tfidf: Train, noisy: Path, tmp_path: Path) -> None:
+    def command(name: str, *more: str) -> Result:
+        words = ["predict", str(tfidf(*EVERY_WAY[1])), str(noisy / "test.jsonl"), "--out", str(tmp_path / name), *more]
+        return CliRunner().invoke(app, words)
+
+    assert command("raw.csv", "--raw").exit_code == command("prior.csv", "--prior", "0=0.9,1=0.1").exit_code == 0
+    llm_clf.predict(tfidf(*EVERY_WAY[1]), noisy / "test.jsonl", out=tmp_path / "one.csv", prior={"0": 0.9, "1": 0.1})
+    assert (tmp_path / "prior.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    for text, message in (
+        ("1", "expected LABEL=SHARE"),
+        ("1=2", "a share between 0 and 1"),
+        ("=0.1", "expected LABEL=SHARE"),
+        ("1=0.1,1=0.2", "names '1' more than once"),
+        ("1=x", "such as 1=0.02"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            raise command("no.csv", "--prior", text).exception or AssertionError
+
+
+def test_figures_that_are_in_sample_are_called_so(
+    tfidf: Train, noisy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    llm_clf.evaluate(tfidf(*EVERY_WAY[1]) / "predictions-valid.parquet")
+    assert "these figures are in-sample" in capsys.readouterr().err
+    shown = leaderboard_text(llm_clf.leaderboard([tfidf(*EVERY_WAY[1])], data=noisy, split="valid"))
+    assert "were fitted on validation rows: in-sample" in shown
+    assert "in-sample" not in leaderboard_text(llm_clf.leaderboard([tfidf(*EVERY_WAY[1])], data=noisy))
 
 
 def test_headline_figures_are_cross_fitted_and_say_so(tfidf: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,6 +186,7 @@ def _ranked(
     ranked = []
     for number in order:
         run, (predictions, measured) = entrants[number].run, predicted[number]
+        decisions = entrants[number].source.decisions
         ranked.append(
             {
                 "run": str(run.folder),
@@ -196,6 +197,7 @@ def _ranked(
                 "training_seconds": run.facts.get("training", {}).get("seconds"),
                 "size_bytes": measured.size_bytes,
                 "rows_seen_in_training": count_trained_rows(run.folder, entrants[number].prompts),
+                "decisions_fitted": decisions is not None and decisions.fitted,
             }
         )
     return ranked
@@ -226,6 +228,11 @@ def leaderboard_text(found: dict[str, Any]) -> str:
             lines.append(f"Note: {entry['run']} learned from {seen:,} of these rows, which flatters it.")
     if found["split"] == "valid" and any(entry["kind"] == LORA for entry in found["runs"]):
         lines.append("Note: a LoRA run keeps what is best on validation rows, which flatters it here.")
+    fitted = [entry["run"] for entry in found["runs"] if entry["decisions_fitted"]]
+    if found["split"] == "valid" and fitted:
+        lines.append(
+            f"Note: calibration or thresholds of {', '.join(fitted)} were fitted on validation rows: in-sample."
+        )
     return "\n".join(lines)
 
 
