@@ -39,7 +39,10 @@ Set = Annotated[
 ]
 ModelSet = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="One setting of model or predict, such as model.quantization=4bit."),
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="One setting of model, predict or decide, such as model.quantization=4bit or decide.objective=f1.",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted command left.")]
 
@@ -116,6 +119,15 @@ def predict(
         str | None, typer.Option(metavar="BASE", help="For a bare adapter: the base. For a run: where its base is now.")
     ] = None,
     set: ModelSet = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Bare probabilities and the most probable label, whatever the run decides by.")
+    ] = False,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL=SHARE,...", help="How frequent labels are in these rows, where that differs from training."
+        ),
+    ] = None,
     encoding: Encoding = "utf-8",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -136,10 +148,29 @@ def predict(
         task=task,
         model=model,
         set=set or (),
+        raw=raw,
+        prior=_parse_prior(prior) if prior is not None else None,
         encoding=encoding,
         resume=resume,
         overwrite=overwrite,
     )
+
+
+def _parse_prior(text: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        # A label may hold an equals sign; a share cannot.
+        label, equals, share = part.rpartition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            value = float("nan")
+        if not (equals and label) or not 0 < value < 1:
+            raise ConfigError(f"--prior {part!r}: expected LABEL=SHARE with a share between 0 and 1, such as 1=0.02.")
+        if label in found:
+            raise ConfigError(f"--prior: names {label!r} more than once; name each label once.")
+        found[label] = value
+    return found
 
 
 def _parse_fill(fill: list[str]) -> dict[str, str]:
@@ -210,7 +241,10 @@ def baseline_tfidf(
     data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
     set: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="The one setting: train.seed=42, of the folds.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="train.seed=42, of the folds, or one of decide, such as decide.objective=f1."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Change nothing where the run is finished.")] = False,
     overwrite: Overwrite = False,

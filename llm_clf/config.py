@@ -1,12 +1,21 @@
 """Settings: one frozen tree; defaults < the base's recipe < --config FILE < --set KEY=VALUE."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from llm_clf.errors import ConfigError
@@ -113,10 +122,21 @@ class TrainSettings(Section):
     """Stop after so many evaluations without a better one; 0 never stops early."""
     class_weights: ClassWeights = None
     """Weight of a row by its label: balanced (by inverse frequency), or a number per label."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """Rows of an epoch: each once; or as many, the same number of each label: rare ones several times."""
     seed: Annotated[int, Field(ge=0, le=10**9)] = 42
     """Seed of the adapter's initial weights, of dropout and of the order of rows; of the folds of a TF-IDF baseline."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time; auto: where it is needed."""
+
+    @field_validator("sampling")
+    @classmethod
+    def _balanced_once(cls, value: str, others: ValidationInfo) -> str:
+        if value == "balanced" and others.data.get("class_weights") is not None:
+            raise PydanticCustomError(
+                "twice", "With train.class_weights rare labels would count twice; give one of both"
+            )
+        return value
 
 
 class PredictSettings(Section):
@@ -128,6 +148,112 @@ class PredictSettings(Section):
     """Most tokens of a generated answer (`--decode generate`)."""
     merge: Literal["auto"] | bool = "auto"
     """Add the adapter into the base's weights to score; auto: where no validation probability moves by over 1e-3."""
+
+
+def _none_is_text(value: Any) -> Any:
+    """`none` is what these settings show where they are off, so it may be given too."""
+    return None if value == "none" else value
+
+
+def _one_of(expected: str) -> WrapValidator:
+    """Say in one line what a setting takes that has several forms."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(_none_is_text(value))
+        except ValidationError as error:
+            # As context: in the message itself, braces would be places to fill.
+            raise PydanticCustomError("form", "Expected {forms}", {"forms": expected}) from error
+
+    return WrapValidator(check)
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+ByLabel = Annotated[dict[str, Annotated[float, Field(ge=0)]], BeforeValidator(_labels_are_text)]
+
+
+class PrecisionTarget(Section):
+    """Of two labels: as much recall of the second as a precision leaves."""
+
+    precision: Annotated[float, Field(gt=0, le=1)]
+    """Smallest precision."""
+
+
+class RecallTarget(Section):
+    """Of two labels: as much precision of the second as a recall leaves."""
+
+    recall: Annotated[float, Field(gt=0, le=1)]
+    """Smallest recall."""
+
+
+class CostMatrix(Section):
+    """What each mistake costs."""
+
+    costs: Annotated[dict[str, ByLabel], BeforeValidator(_labels_are_text)]
+    """By gold label, then by predicted label."""
+
+
+class ErrorTarget(Section):
+    """Answer as many rows as a share of wrong answers leaves."""
+
+    error: Share
+    """Largest share of wrong answers."""
+
+
+class CoverageTarget(Section):
+    """Sets of labels that hold the right one."""
+
+    coverage: Share
+    """Smallest share of sets that do."""
+
+
+class DecideSettings(Section):
+    """From scores to probabilities and labels; what is fitted is fitted on validation rows, when the run is trained."""
+
+    calibration: Literal["auto", "none", "temperature", "vector"] = "auto"
+    """Rescale scores so that probabilities hold: temperature (one number), vector (two a label), auto: what helps."""
+    objective: Annotated[
+        Literal["f1"] | PrecisionTarget | RecallTarget | CostMatrix | None,
+        _one_of("none, f1, {precision: 0.95}, {recall: 0.95} or {costs: {GOLD: {PREDICTED: 5}}}"),
+    ] = None
+    """What labels are chosen for: none: the most probable; f1: best F1; a precision or recall to reach; least cost."""
+    threshold: Annotated[Share | None, BeforeValidator(_none_is_text)] = None
+    """In place of an objective: of two labels the second, where it has at least so much probability."""
+    abstain: Annotated[
+        Share | ErrorTarget | CoverageTarget | None,
+        _one_of("none, a probability such as 0.8, {error: 0.05} or {coverage: 0.9}"),
+    ] = None
+    """When no label is given: below a probability; so that few answers are wrong; where a label set holds not one."""
+    priors: Annotated[
+        Annotated[dict[str, Share], BeforeValidator(_labels_are_text)] | None, BeforeValidator(_none_is_text)
+    ] = None
+    """Shares of labels where the run is used, if they differ from training; the rest goes to labels not named."""
+
+    @field_validator("threshold")
+    @classmethod
+    def _one_rule(cls, value: float | None, others: ValidationInfo) -> float | None:
+        if value is not None and others.data.get("objective") is not None:
+            raise PydanticCustomError("rule", "It stands in place of decide.objective; give one of them")
+        return value
+
+    @field_validator("abstain")
+    @classmethod
+    def _sets_say_the_label(cls, value: Any, others: ValidationInfo) -> Any:
+        chosen = others.data.get("objective") is not None or others.data.get("threshold") is not None
+        if isinstance(value, CoverageTarget) and chosen:
+            raise PydanticCustomError(
+                "sets", "A label set of one label is the answer; leave out decide.objective and decide.threshold"
+            )
+        return value
+
+    @field_validator("priors")
+    @classmethod
+    def _sets_know_one_base_rate(cls, value: Any, others: ValidationInfo) -> Any:
+        if value is not None and isinstance(others.data.get("abstain"), CoverageTarget):
+            raise PydanticCustomError(
+                "sets", "The coverage of label sets holds for rows like the validation rows only; leave out one of both"
+            )
+        return value
 
 
 class SpeedSettings(Section):
@@ -163,6 +289,7 @@ class Settings(Tree):
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     predict: PredictSettings = PredictSettings()
+    decide: DecideSettings = DecideSettings()
     speed: SpeedSettings = SpeedSettings()
 
     def merging(self, merge: bool) -> "Settings":
@@ -241,6 +368,7 @@ class EncoderSettings(Tree):
     head: EncoderHeadSettings = EncoderHeadSettings()
     train: EncoderTrainSettings = EncoderTrainSettings()
     predict: EncoderPredictSettings = EncoderPredictSettings()
+    decide: DecideSettings = DecideSettings()
 
     def having(self, section: str, **found: Any) -> "EncoderSettings":
         """Return the settings with what was found out for keys of a section."""

@@ -30,8 +30,8 @@ class Model(Protocol):
     def answer(self, messages: list[dict[str, str]], write: Write) -> str:
         """Return the next answer, and write its pieces as they come."""
 
-    def classify(self, text: str) -> list[tuple[str, float]]:
-        """Return the probability of each label in the task's order."""
+    def classify(self, text: str) -> tuple[str | None, list[tuple[str, float]]]:
+        """Return the label, None where none is given, and the probability of each label in the task's order."""
 
 
 class Conversation:
@@ -96,10 +96,11 @@ class Conversation:
         if not text:
             self._write("Give a text: /classify TEXT\n")
             return
-        probs = self._model.classify(text)
-        best = max(probs, key=lambda item: item[1])[0]
+        chosen, probs = self._model.classify(text)
         for label, prob in probs:
-            self._write(f"{'>' if label == best else ' '} {label}  {prob:.4f}\n")
+            self._write(f"{'>' if label == chosen else ' '} {label}  {prob:.4f}\n")
+        if chosen is None:
+            self._write("No label is given: this is too uncertain (decide.abstain).\n")
 
     def _save(self, name: str) -> None:
         place = path_of(name)

@@ -32,6 +32,8 @@ INPUTS = "inputs.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENCODER_WEIGHTS = "model.safetensors"
 TRAINED_ROWS = "trained-rows.npy"
+DECISIONS, VALID_SCORES = "decisions.json", "scores-valid.npy"
+"""How scores become probabilities and labels, and the scores by which that was fitted."""
 LORA, TFIDF, ENCODER, ENSEMBLE = "lora", "tfidf", "encoder", "ensemble"
 PACKAGES = ("llm-clf", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 

@@ -16,6 +16,8 @@ from llm_clf.config import (
     require_sections,
     settings_to_dict,
 )
+from llm_clf.decisions.decisions import Decisions
+from llm_clf.decisions.stored import refitted, run_decisions
 from llm_clf.engine.scores import Scorer
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.files import file_hash, read_json
@@ -41,6 +43,10 @@ class Source(Protocol):
     def batch_tokens(self) -> int | None:
         """Return the most tokens that are scored at once, None where the model has no such budget."""
 
+    @property
+    def decisions(self) -> Decisions | None:
+        """Return how its scores become probabilities and labels; None: bare ones, and the most probable label."""
+
     def identity(self) -> list[object]:
         """Return all that the scores of a prompt depend on, as values fit for JSON."""
 
@@ -62,6 +68,7 @@ class LoraSource:
     settings: Settings
     run: Run | None
     """None where there is only an adapter, or a base. Its settings are those above."""
+    decisions: Decisions | None = None
 
     @property
     def generates(self) -> bool:
@@ -83,7 +90,7 @@ class LoraSource:
             file_hash(adapter_weights(self.adapter)) if self.adapter is not None else None,
             base_identity(self.settings.model.name)["hash"],
             self.task.model_dump(mode="json"),
-            settings_to_dict(self.settings),
+            _of_scores(settings_to_dict(self.settings)),
         ]
 
     def load(self, *, generate: bool = False) -> Scorer:
@@ -108,6 +115,7 @@ class TfidfSource:
     model: Path
     """The file of the pipeline."""
     task: Task
+    decisions: Decisions | None = None
     batch_tokens: ClassVar[None] = None
 
     def identity(self) -> list[object]:
@@ -132,6 +140,7 @@ class EncoderSource:
     """Holds weights, config and tokenizer; the base that it was made of is not needed."""
     task: Task
     settings: EncoderSettings
+    decisions: Decisions | None = None
 
     @property
     def batch_tokens(self) -> int:
@@ -143,7 +152,7 @@ class EncoderSource:
         return [
             file_hash(self.folder / ENCODER_WEIGHTS),
             self.task.model_dump(mode="json"),
-            settings_to_dict(self.settings),
+            _of_scores(settings_to_dict(self.settings)),
         ]
 
     def load(self, *, generate: bool = False) -> Scorer:
@@ -168,9 +177,15 @@ class EnsembleSource:
     """Each with the folder of its run."""
     combination: "Combination"
     task: Task
+    decisions: ClassVar[None] = None
 
 
 AnySource = Source | EnsembleSource
+
+
+def _of_scores(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of settings that scores depend on."""
+    return {section: values for section, values in settings.items() if section != "decide"}
 
 
 def find_source(folder: Path, task: str | Path | None, model: str | None, overrides: Sequence[str] = ()) -> AnySource:
@@ -180,10 +195,15 @@ def find_source(folder: Path, task: str | Path | None, model: str | None, overri
         ArtifactError: The folder is neither.
         ConfigError: A bare adapter lacks a task or a base, a run is given another one, or an override does not fit.
     """
-    require_sections(overrides, ("model", "predict", "speed"), "a prediction")
+    require_sections(overrides, ("model", "predict", "decide", "speed"), "a prediction")
     changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     if is_run(folder) or not (folder / "adapter_config.json").is_file():
         return _run_source(load_run(folder), task, changes)
+    if any(map(_decides, changes)):
+        raise ConfigError(
+            f"{folder}: is a bare adapter, without validation rows to fit decisions on. Leave out --prior and "
+            "--set decide.…, or give a run."
+        )
     if task is None or model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell what it answers and its base: --task TASK --model BASE.")
     return LoraSource(folder, load_task(task), load_settings(overrides=[head_of_adapter(folder), *changes]), None)
@@ -200,6 +220,10 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> An
     """Return what a run is to predict with, by its kind."""
     if task is not None:
         raise ConfigError(f"{run.folder}: is a run and has its own task; leave out --task.")
+    deciding = [change for change in changes if _decides(change)]
+    changes = [change for change in changes if not _decides(change)]
+    if deciding and run.kind == ENSEMBLE:
+        raise ConfigError(f"{run.folder}: is an ensemble, which decides by its members' bare scores; leave out decide.")
     if run.kind == LORA and changes:
         run = replace(run, settings=_changed(run, changes))
     elif run.kind == ENCODER:
@@ -211,20 +235,31 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> An
             f"{run.folder}: is a run of kind {run.kind}, which has no base and no settings of a prediction; leave out "
             "--model and --set."
         )
-    return run_source(run)
+    return with_decisions(run, refitted(run, deciding)) if deciding else run_source(run)
+
+
+def _decides(change: str) -> bool:
+    return change.partition(".")[0].strip() == "decide"
 
 
 def run_source(run: Run) -> AnySource:
     """Return what a run predicts with, as it was made.
 
     Raises:
-        ArtifactError: It is an ensemble, and a member is missing or another one now.
+        ArtifactError: It is an ensemble, and a member is missing or another one now; or its decisions are missing.
     """
-    return _ensemble_source(run) if run.kind == ENSEMBLE else member_source(run)
+    return _ensemble_source(run) if run.kind == ENSEMBLE else with_decisions(run, run_decisions(run))
+
+
+def with_decisions(run: Run, decisions: Decisions | None) -> Source:
+    """Return what a run of any kind but an ensemble predicts with, and how it decides."""
+    source: Any = member_source(run)
+    found: Source = replace(source, decisions=decisions)
+    return found
 
 
 def member_source(run: Run) -> Source:
-    """Return what a run of any kind but an ensemble predicts with."""
+    """Return what a run of any kind but an ensemble scores labels with; its decisions are left to the caller."""
     if run.kind == LORA:
         return LoraSource(run.adapter, run.task, run.settings, run)
     if run.kind == ENCODER:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import annotated_types
+from pydantic import BaseModel
 
 from llm_clf.config import EncoderSettings, Settings, Tree
 
@@ -66,6 +67,9 @@ def _type(annotation: Any) -> str:
     names = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "none"}
     if annotation in names:
         return names[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return "{" + ", ".join(f"{key}: {_type(field.annotation)}" for key, field in fields) + "}"
     arguments = get_args(annotation)
     if arguments and all(isinstance(argument, str) for argument in arguments):
         return ", ".join(arguments)
@@ -73,8 +77,9 @@ def _type(annotation: Any) -> str:
     if origin is list:
         return "list of text"
     if origin is dict:
-        return "number by label"
-    return " or ".join(_type(argument) for argument in arguments)
+        return f"{_type(get_args(annotation)[1])} by label"
+    # The marks of an Annotated have no name.
+    return " or ".join(filter(None, map(_type, arguments)))
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ class Echo:
             write(piece)
         return text
 
-    def classify(self, text: str) -> list[tuple[str, float]]:
+    def classify(self, text: str) -> tuple[str | None, list[tuple[str, float]]]:
         if text == "bad":
             raise ConfigError("There is no task here.")
-        return [("0", 0.25), ("1", 0.75)]
+        return {"unsure": None, "a threshold": "0"}.get(text, "1"), [("0", 0.25), ("1", 0.75)]
 
 
 def talk(*lines: str | type[BaseException]) -> str:
@@ -64,8 +64,12 @@ def test_base_switches_the_adapter_off_and_on() -> None:
     assert shown == "The adapter is off: this is the base.\n1:a:base\nThe adapter is on.\n3:b:adapter\n"
 
 
-def test_classify_marks_the_most_probable_label() -> None:
+def test_classify_marks_the_label_that_was_decided_on() -> None:
     assert talk("/classify some text") == "  0  0.2500\n> 1  0.7500\n"
+    assert talk("/classify a threshold") == "> 0  0.2500\n  1  0.7500\n"
+    assert talk("/classify unsure").endswith(
+        "  1  0.7500\nNo label is given: this is too uncertain (decide.abstain).\n"
+    )
 
 
 def test_a_mistake_is_shown_and_the_talk_goes_on() -> None:

@@ -93,6 +93,8 @@ def test_run_folder_holds_what_the_contract_says(trained: tuple[Path, Path], bas
         "run.json",
         "metrics.json",
         "predictions-valid.parquet",
+        "decisions.json",
+        "scores-valid.npy",
         "log",
         "trained-rows.npy",
     }
@@ -136,7 +138,7 @@ def test_predict_on_the_validation_rows_gives_the_stored_file_exactly(trained: t
     llm_clf.predict(run, [prompts / "valid.jsonl"], out=again, overwrite=True)
     assert again.read_bytes() == (run / "predictions-valid.parquet").read_bytes()
     metrics = json.loads((run / "metrics.json").read_text())
-    assert llm_clf.evaluate(again) == metrics
+    assert llm_clf.evaluate(again).items() <= metrics.items()
 
 
 def test_the_table_and_the_prompts_file_give_the_same_predictions(trained: tuple[Path, Path]) -> None:

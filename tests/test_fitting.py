@@ -388,13 +388,13 @@ def test_a_training_killed_after_a_validation_ran_out_goes_on_with_what_fits(
 def test_a_validation_that_runs_out_only_at_the_end_is_scored_anew(
     prompts: Path, base: Path, tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = validation.predict_prompts
+    original = validation.score_rows
 
     def short(*arguments: Any, **options: Any) -> Any:
         card.room = 150
         return original(*arguments, **options)
 
-    monkeypatch.setattr(validation, "predict_prompts", short)
+    monkeypatch.setattr(validation, "score_rows", short)
     finetune(prompts, base, tmp_path / "run", *SHORT)
     assert settings_of(tmp_path / "run").predict.batch_tokens == 100
     card.room = None

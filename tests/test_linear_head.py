@@ -352,7 +352,7 @@ def test_chat_classifies_and_does_not_talk(
 
     row = json.loads((prompts / "valid.jsonl").read_text().splitlines()[0])
     loaded = _load(run, None, None, ())
-    found = loaded.classify(row["input"])
+    _, found = loaded.classify(row["input"])
     assert [label for label, _ in found] == list(LABELS)
     expected = probabilities(run / "predictions-valid.parquet")[0]
     np.testing.assert_allclose([prob for _, prob in found], expected, atol=1e-5)

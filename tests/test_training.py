@@ -1,6 +1,7 @@
 """The loss and its gradients, micro-batches, weights, the order of rows."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from conftest import Bigrams, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_clf.config import LoraSettings, SpeedSettings, TrainSettings
+from llm_clf.config import LoraSettings, SpeedSettings, TrainSettings, load_settings
 from llm_clf.engine.label_words import LabelWords
 from llm_clf.engine.lora import enable_fast_lora
+from llm_clf.engine.sampling import balanced_order
 from llm_clf.engine.tokens import TrainingExample
 from llm_clf.engine.training import (
     _backward_of,
@@ -118,6 +120,34 @@ def test_row_weights() -> None:
     assert row_weights(labels, None) == [1.0] * 4
     assert row_weights(labels, "balanced") == pytest.approx([4 / 6] * 3 + [2.0])
     assert row_weights(labels, {"1": 3.0}) == [1.0, 1.0, 1.0, 3.0]
+
+
+def test_balanced_epochs_have_the_same_number_of_each_label() -> None:
+    settings, labels = TrainSettings(batch_size=4, seed=7, sampling="balanced"), (0,) * 8 + (1,) * 2
+    epochs = [
+        [row for step in range(3) for row in _rows_of_step(epoch * 3 + step, 10, settings, labels)]
+        for epoch in range(4)
+    ]
+    for epoch in epochs:
+        rare = sorted(row for row in epoch if labels[row] == 1)
+        common = [row for row in epoch if labels[row] == 0]
+        assert len(rare) == len(common) == 5 and {rare.count(8), rare.count(9)} == {2, 3}
+        assert len(set(common)) == 5
+    # What an epoch leaves out comes in another one; a resumed training asks for the same step again.
+    assert {row for epoch in epochs for row in epoch} == set(range(10))
+    assert _rows_of_step(5, 10, settings, labels) == epochs[1][8:]
+
+
+def test_balanced_epochs_share_out_what_is_left_over_in_turn() -> None:
+    labels = [0, 0, 0, 0, 0, 1, 1, 2]
+    counts = [Counter(labels[row] for row in balanced_order(labels, seed)) for seed in range(30)]
+    assert all(sum(found.values()) == 8 and set(found.values()) <= {2, 3} for found in counts)
+    assert all(min(found[label] for found in counts) == 2 for label in range(3))
+
+
+def test_balanced_sampling_and_class_weights_are_one_too_many() -> None:
+    with pytest.raises(ConfigError, match="rare labels would count twice"):
+        load_settings(overrides=["train.sampling=balanced", "train.class_weights=balanced"])
 
 
 def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_clf.commands.finetune import shipped_recipe
-from llm_clf.commands.predict import predict_prompts
-from llm_clf.commands.validation import measure_validation
+from llm_clf.commands.validation import decide_validation, score_all
 from llm_clf.config import DEFAULT_BASE, EncoderSettings, load_tree, settings_to_dict
 from llm_clf.console import say
+from llm_clf.decisions.fitting import require_decidable
 from llm_clf.errors import ConfigError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
 from llm_clf.files import file_hash, locked, partial_name, path_of, replace_folder, require_apart, write_json, writing
@@ -24,7 +24,6 @@ from llm_clf.runs import (
     INPUTS,
     KINDS,
     LOG,
-    VALID_PREDICTIONS,
     commit,
     is_finished,
     is_run,
@@ -112,6 +111,7 @@ def resolve_encoder_settings(model: str | None, config: str | Path | None, overr
 
 def _check_settings(settings: EncoderSettings, data: TrainingData) -> None:
     """Refuse settings that do not fit the task, before any model is loaded."""
+    require_decidable(settings.decide, data.task.names, [prompt.label for prompt in data.valid])
     names = data.task.names
     if settings.head.loss == "bce" and len(names) != 2:
         raise ConfigError(
@@ -163,13 +163,14 @@ def _train_run(settings: EncoderSettings, data: TrainingData, folder: Path, *, r
     with memory_explained():
         trained = _fit(settings, data, folder, device)
     settings = load_tree(EncoderSettings, [folder / CONFIG])
-    _score_validation(settings, data, folder)
+    decided = _score_validation(settings, data, folder)
     facts = {
         "kind": ENCODER,
         "name": folder.name.removesuffix(".partial"),
         "base": base,
         "task": task_facts(data.task),
         **trained,
+        "decisions": decided,
         "prompts": data.hashes,
         "seed": settings.train.seed,
         "versions": package_versions(PACKAGES),
@@ -265,6 +266,7 @@ def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: An
             "train_cut": cut,
             "train_unlabelled": data.unlabelled,
             "valid": len(data.valid),
+            "labels": data.counts,
         },
         "training": {
             "steps": state.step,
@@ -314,20 +316,22 @@ def _record(folder: Path, data: TrainingData, section: str, **found: int) -> Non
     save_inputs(folder, data.task, settings_to_dict(settings))
 
 
-def _score_validation(settings: EncoderSettings, data: TrainingData, folder: Path) -> None:
-    """Score the validation rows with the saved encoder exactly as predict will; write predictions and metrics.
+def _score_validation(settings: EncoderSettings, data: TrainingData, folder: Path) -> dict[str, Any]:
+    """Score the validation rows with the saved encoder exactly as predict will, and decide them.
 
     Where memory runs out, all rows are scored anew in batches that fit: predict will make these.
+
+    Returns:
+        What run.json says of the decisions.
     """
+    learned, scored = (folder / KINDS[ENCODER].learned).parent, None
     if not data.valid:
-        say("No validation rows: the last step's weights are kept, and nothing is measured.")
-        return
-    learned = (folder / KINDS[ENCODER].learned).parent
-    while True:
-        source = EncoderSource(learned, data.task, settings)
-        fits = predict_prompts(source, data.valid, folder / VALID_PREDICTIONS)["batch_tokens"]
-        if fits == settings.predict.batch_tokens:
+        say("No validation rows: the last step's weights are kept.")
+    while data.valid:
+        found = score_all(EncoderSource(learned, data.task, settings), data.valid)
+        scored = found.scored
+        if found.batch_tokens is None or found.batch_tokens == settings.predict.batch_tokens:
             break
-        _record(folder, data, "predict", batch_tokens=fits)
-        settings = settings.having("predict", batch_tokens=fits)
-    measure_validation(folder)
+        _record(folder, data, "predict", batch_tokens=found.batch_tokens)
+        settings = settings.having("predict", batch_tokens=found.batch_tokens)
+    return decide_validation(settings, data.task, data.valid, scored, folder, counts=data.counts)

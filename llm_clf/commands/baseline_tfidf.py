@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_clf.commands.predict import predict_prompts
-from llm_clf.commands.validation import measure_validation
-from llm_clf.config import Settings, load_settings, require_keys
+from llm_clf.commands.validation import decide_validation, score_all
+from llm_clf.config import DecideSettings, Settings, load_settings, require_keys, settings_to_dict
 from llm_clf.console import say, table
+from llm_clf.decisions.fitting import require_decidable
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.files import (
     file_hash,
@@ -29,7 +29,6 @@ from llm_clf.runs import (
     CHECKPOINTS,
     KINDS,
     TFIDF,
-    VALID_PREDICTIONS,
     commit,
     cpu_hardware,
     is_finished,
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from llm_clf.baselines.tfidf import Fitted, TellingFeature
 
 FEATURES = "features.csv"
+HEEDED = ("train.seed", *(f"decide.{key}" for key in DecideSettings.model_fields))
 PACKAGES = ("llm-clf", "scikit-learn", "scipy", "numpy", "skops")
 # N-grams of each label that stand in the file, of words and of characters each; and that are shown.
 KEPT, SHOWN = 50, 8
@@ -70,7 +70,7 @@ def baseline_tfidf(
     Args:
         data: A folder that `build_prompts` made.
         out: The run folder; until it is complete it stands beside its place as `out.partial`.
-        set: The setting `train.seed=…`, of the folds.
+        set: Settings as `section.key=value`: `train.seed`, of the folds, and those of the section `decide`.
         resume: Change nothing where the run is finished; else start anew, which takes seconds.
         overwrite: Replace `out`.
 
@@ -82,10 +82,11 @@ def baseline_tfidf(
         say(f"{place} is finished; nothing to do.")
         return run_metrics(place)
     require_run_place(place, overwrite=overwrite)
-    require_keys(set, ("train.seed",), "a TF-IDF baseline")
+    require_keys(set, HEEDED, "a TF-IDF baseline")
     settings = load_settings(overrides=set)
     require_apart(place, [folder])
     rows = read_training_data(folder)
+    require_decidable(settings.decide, rows.task.names, [prompt.label for prompt in rows.valid])
     _check_texts(folder, rows)
     with locked(place):
         unfinished = partial_name(place)
@@ -144,21 +145,25 @@ def _make_run(data: TrainingData, settings: Settings, folder: Path) -> None:
 
     folder.mkdir(parents=True)
     model = folder / KINDS[TFIDF].learned
-    save_inputs(folder, data.task, {"train": {"seed": settings.train.seed}})
+    decide = settings_to_dict(settings)["decide"]
+    save_inputs(folder, data.task, {"train": {"seed": settings.train.seed}, "decide": decide})
     save_pipeline(model, fitted.pipeline)
     save_trained_rows(folder, data.train)
     _write_features(folder / FEATURES, features)
-    if data.valid:
-        predict_prompts(TfidfSource(model, data.task), data.valid, folder / VALID_PREDICTIONS)
-        measure_validation(folder)
-    else:
-        say("No validation rows: nothing is measured.")
+    scored = score_all(TfidfSource(model, data.task), data.valid).scored if data.valid else None
+    decided = decide_validation(settings, data.task, data.valid, scored, folder, counts=data.counts)
     facts = {
         "kind": TFIDF,
         "name": folder.name.removesuffix(".partial"),
         "model": {"hash": file_hash(model), **_choice(fitted)},
         "task": task_facts(data.task),
-        "rows": {"train": len(data.train), "train_unlabelled": data.unlabelled, "valid": len(data.valid)},
+        "rows": {
+            "train": len(data.train),
+            "train_unlabelled": data.unlabelled,
+            "valid": len(data.valid),
+            "labels": data.counts,
+        },
+        "decisions": decided,
         "training": {"seconds": round(seconds, 2), "rows_per_second": round(len(data.train) / max(seconds, 1e-9), 2)},
         "search": [
             {"model": one.candidate.model, "C": one.candidate.c, "accuracy": one.accuracy, "f1": one.f1}

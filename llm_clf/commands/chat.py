@@ -11,7 +11,7 @@ from typing import Any
 from llm_clf.config import Settings, load_settings, require_sections
 from llm_clf.console import say
 from llm_clf.conversation import Conversation, Write, converse
-from llm_clf.decisions.decide import probabilities
+from llm_clf.decisions.decisions import Decisions
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task, load_task
@@ -57,7 +57,15 @@ def chat(
 class LoadedModel:
     """A model with its tokenizer and, where it has a task, its label scores."""
 
-    def __init__(self, model: Any, tokenizer: Any, classifier: Any, task: Task | None, description: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        classifier: Any,
+        task: Task | None,
+        description: str,
+        decisions: Decisions | None = None,
+    ) -> None:
         from llm_clf.engine.generation import TextGenerator
         from llm_clf.engine.parts import unwrapped
         from llm_clf.models.bases import context_length
@@ -66,6 +74,7 @@ class LoadedModel:
         self.description = description
         self.has_adapter = self.adapter_on = hasattr(model, "disable_adapter")
         self._model, self._tokenizer, self._classifier, self._task = model, tokenizer, classifier, task
+        self._decisions = decisions
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._limit = context_length(model.config)
         room = min(MAX_NEW_TOKENS, self._limit // 2) if self._limit else MAX_NEW_TOKENS
@@ -99,8 +108,10 @@ class LoadedModel:
         with self._chosen():
             return self._generator.stream(ids, write)
 
-    def classify(self, text: str) -> list[tuple[str, float]]:
-        """Return the probability of each label in the task's order.
+    def classify(self, text: str) -> tuple[str | None, list[tuple[str, float]]]:
+        """Return the label, None where none is given, and the probability of each label in the task's order.
+
+        With the adapter they are those of `predict`; what was fitted for it does not fit the base alone.
 
         Raises:
             ConfigError: There is no task, or the adapter that has the linear head is switched off.
@@ -111,8 +122,11 @@ class LoadedModel:
             raise ConfigError("The linear head is part of the adapter: the base alone knows no labels. See /base.")
         prompt = Prompt("0", _input_of(text, self._task), None, {})
         with self._chosen():
-            probs = probabilities(self._classifier.score_all([prompt]))[0]
-        return list(zip(self._task.names, map(float, probs), strict=True))
+            scores = self._classifier.score_all([prompt])
+        own = self._decisions if self.adapter_on else None
+        decided = (own or Decisions.bare(self._task.names)).apply(scores)
+        label = self._task.names[decided.choices[0]] if decided.answered[0] else None
+        return label, list(zip(self._task.names, map(float, decided.probs[0]), strict=True))
 
     def _chosen(self) -> Any:
         return self._model.disable_adapter() if self.has_adapter and not self.adapter_on else nullcontext()
@@ -148,7 +162,7 @@ def _load(
         classifier = Classifier(loaded, tokens, head, batch_tokens=budget, speed=settings.speed)
     words = f" with the adapter of {source}" if source is not None else ""
     description = f"{settings.model.name}{words}, {dtype} on {describe(device)}."
-    return LoadedModel(loaded, tokenizer, classifier, found.task, description)
+    return LoadedModel(loaded, tokenizer, classifier, found.task, description, found.decisions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +173,7 @@ class _Found:
     task: Task | None
     settings: Settings
     run: Run | None
+    decisions: Decisions | None = None
 
 
 def _find(source: str | Path | None, model: str | None, task: str | Path | None, overrides: Sequence[str]) -> _Found:
@@ -170,7 +185,7 @@ def _find(source: str | Path | None, model: str | None, task: str | Path | None,
                 f"{folder}: is no language model, so there is nobody to talk to. Its labels come from `llm-clf predict "
                 f"{folder} ROWS --out FILE`; for a row at hand ROWS and FILE can be -, standard input and output."
             )
-        return _Found(found.adapter, found.task, found.settings, found.run)
+        return _Found(found.adapter, found.task, found.settings, found.run, found.decisions)
     if folder is not None and model is None:
         raise ConfigError(f"{folder}: is a bare adapter; tell its base: --model BASE.")
     require_sections(overrides, ("model", "predict", "speed"), "a conversation")

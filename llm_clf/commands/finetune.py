@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_clf.commands.sweep import run_sweep, trial_folders
-from llm_clf.commands.validation import score_validation
+from llm_clf.commands.validation import decide_validation, score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
 from llm_clf.console import say
+from llm_clf.decisions.fitting import require_decidable
 from llm_clf.errors import ConfigError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
 from llm_clf.files import (
@@ -154,6 +155,7 @@ def shipped_recipe() -> Path:
 
 def _check_settings(settings: Settings, data: TrainingData) -> None:
     """Refuse settings that do not fit the task, before any model is loaded."""
+    require_decidable(settings.decide, data.task.names, [prompt.label for prompt in data.valid])
     if settings.data.cut is not None and settings.data.cut not in data.task.columns:
         raise ConfigError(
             f"data.cut: {settings.data.cut!r} is no column of the task; these are {', '.join(data.task.columns)}."
@@ -239,10 +241,11 @@ def _train_run(
 
     trained = _fit(settings, data, folder, device, rows, watch)
     settings = _as_found(settings, folder)
-    choice, fits = score_validation(settings, data.task, data.valid, folder)
+    choice, fits, scored = score_validation(settings, data.task, data.valid, folder)
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
     save_inputs(folder, data.task, settings_to_dict(settings.merging(choice.merged)))
     save_trained_rows(folder, data.train)
+    decided = decide_validation(settings, data.task, data.valid, scored, folder, counts=data.counts)
     facts = {
         "kind": LORA,
         "name": folder.name.removesuffix(".partial"),
@@ -250,6 +253,7 @@ def _train_run(
         "task": task_facts(data.task),
         **trained,
         "merge": asdict(choice),
+        "decisions": decided,
         "prompts": data.hashes,
         "seed": settings.train.seed,
         "versions": package_versions(),
@@ -365,6 +369,7 @@ def _fit_in_memory(
             "train_cut": rows.cut,
             "train_unlabelled": data.unlabelled,
             "valid": len(data.valid),
+            "labels": data.counts,
         },
         "training": {
             "steps": state.step,

@@ -1,6 +1,8 @@
 """Runs measured on the same rows: one table of quality, speed and size."""
 
 import csv
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -128,7 +130,7 @@ def _predict(entrant: _Entrant, folder: Path, *, keep: bool) -> tuple[Prediction
 
     The name of the file has a hash of all that they depend on.
     """
-    run, key = entrant.run, job_key(entrant.source, survey_rows(entrant.prompts))
+    run, key = entrant.run, _key(entrant)
     file = folder / f"{run.folder.resolve().name}-{key[:16]}.parquet"
     cost = file.with_suffix(".json")
     if file.is_file() and cost.is_file():
@@ -141,6 +143,14 @@ def _predict(entrant: _Entrant, folder: Path, *, keep: bool) -> tuple[Prediction
     if keep:
         write_json(cost, asdict(measured))
     return read_predictions(file), measured
+
+
+def _key(entrant: _Entrant) -> str:
+    """Return a hash of all that predictions depend on."""
+    scores, decisions = job_key(entrant.source, survey_rows(entrant.prompts)), entrant.source.decisions
+    if decisions is None:
+        return scores
+    return hashlib.sha256(json.dumps([scores, decisions.facts()]).encode()).hexdigest()
 
 
 def _size(entrant: _Entrant) -> int:
@@ -175,6 +185,7 @@ def _ranked(
     ranked = []
     for number in order:
         run, (predictions, measured) = entrants[number].run, predicted[number]
+        decisions = entrants[number].source.decisions
         ranked.append(
             {
                 "run": str(run.folder),
@@ -185,6 +196,7 @@ def _ranked(
                 "training_seconds": run.facts.get("training", {}).get("seconds"),
                 "size_bytes": measured.size_bytes,
                 "rows_seen_in_training": count_trained_rows(run.folder, entrants[number].prompts),
+                "decisions_fitted": decisions is not None and decisions.fitted,
             }
         )
     return ranked
@@ -215,6 +227,11 @@ def leaderboard_text(found: dict[str, Any]) -> str:
             lines.append(f"Note: {entry['run']} learned from {seen:,} of these rows, which flatters it.")
     if found["split"] == "valid" and any(entry["kind"] == LORA for entry in found["runs"]):
         lines.append("Note: a LoRA run keeps what is best on validation rows, which flatters it here.")
+    fitted = [entry["run"] for entry in found["runs"] if entry["decisions_fitted"]]
+    if found["split"] == "valid" and fitted:
+        lines.append(
+            f"Note: calibration or thresholds of {', '.join(fitted)} were fitted on validation rows: in-sample."
+        )
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from zlib import crc32
 from llm_clf.config import Settings, load_settings
 from llm_clf.console import say
 from llm_clf.decisions.predictions import read_predictions
+from llm_clf.decisions.stored import run_decisions
 from llm_clf.errors import ArtifactError, ConfigError, DataError
 from llm_clf.evaluation.intervals import measure
 from llm_clf.evaluation.tables import changes_text
@@ -268,7 +269,9 @@ def _measure(run: Run, valid: list[Prompt], settings: Settings, folder: Path) ->
     if not valid:
         say("The run has no validation rows: nothing is measured.")
         return {"metrics": None, "changes": None}
-    predict_prompts(LoraSource(None, run.task, settings, None), valid, folder / VALID_PREDICTIONS)
+    # Decided as the run decides, so that what differs is the merging.
+    source = LoraSource(None, run.task, settings, None, run_decisions(run))
+    predict_prompts(source, valid, folder / VALID_PREDICTIONS)
     before, after = (read_predictions(place / VALID_PREDICTIONS) for place in (run.folder, folder))
     if before.ids != after.ids or before.labels != after.labels or before.probs is None or after.probs is None:
         raise ArtifactError(

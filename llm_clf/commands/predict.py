@@ -1,5 +1,6 @@
 """Rows to a predictions file: a label and a probability for each label, resumable."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from llm_clf.commands.scoring import Decode, Unchanged, score_rows, survey_rows
 from llm_clf.config import load_settings
 from llm_clf.console import say
 from llm_clf.decisions.decide import decide, probabilities
+from llm_clf.decisions.decisions import Decisions
 from llm_clf.decisions.parsing import AnswerParser
 from llm_clf.decisions.predictions import (
+    ABSTAINED,
     OK,
     STDOUT,
     UNPARSED,
@@ -42,6 +45,8 @@ def predict(
     task: str | Path | None = None,
     model: str | None = None,
     set: Sequence[str] = (),
+    raw: bool = False,
+    prior: Mapping[str, float] | None = None,
     encoding: str = "utf-8",
     resume: bool = False,
     overwrite: bool = False,
@@ -62,7 +67,10 @@ def predict(
             the cell is empty. What a row has of its own is kept.
         task: For a bare adapter: the task.
         model: For a bare adapter: the base. For a run: where its base is now, if it was moved.
-        set: Settings of the sections model, predict and speed, such as `model.quantization=4bit`.
+        set: Settings of the sections model, predict, speed and decide, such as `model.quantization=4bit`. With one of
+            decide, decisions are fitted anew on the run's validation rows.
+        raw: Bare probabilities and the most probable label, whatever the run decides by.
+        prior: Share of each label in these rows, in place of the setting `decide.priors`.
         encoding: Of text files.
         resume: Go on with what an interrupted job left beside `out`.
         overwrite: Replace `out`.
@@ -74,6 +82,10 @@ def predict(
         raise ConfigError(f"--decode {decode!r}: allowed are {' and '.join(get_args(Decode))}.")
     if isinstance(columns, str):
         columns = [name.strip() for name in columns.split(",")]
+    changes = [*set, *([f"decide.priors={json.dumps(dict(prior))}"] if prior else [])]
+    anew = any(change.strip().startswith("decide.") for change in changes)
+    if raw and anew:
+        raise ConfigError("--raw: gives what comes before all decisions; leave out --prior and --set decide.… with it.")
     place = path_of(out)
     check_format(place)
     given = [rows] if isinstance(rows, str | Path) else rows
@@ -87,7 +99,9 @@ def predict(
             raise ConfigError(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
-        source = find_source(path_of(run), task, model, set)
+        source = find_source(path_of(run), task, model, changes)
+        if anew and source.decisions is not None:
+            say(f"Decisions fitted anew on the run's validation rows:\n{source.decisions.text()}")
         if decode == "generate" and not source.generates:
             raise ConfigError(f"--decode generate: {run} writes no answers: {_why_silent(source)}. Leave it out.")
         if isinstance(source, LoraSource) and source.run is not None:
@@ -95,7 +109,15 @@ def predict(
         with rewindable(rows) as files:
             prompts = _FilePrompts(files, source.task, encoding)
             return predict_prompts(
-                source, prompts, place, decode=decode, columns=columns, fill=fill, journal=unfinished, resume=resume
+                source,
+                prompts,
+                place,
+                decode=decode,
+                columns=columns,
+                fill=fill,
+                raw=raw,
+                journal=unfinished,
+                resume=resume,
             )
 
 
@@ -137,6 +159,7 @@ def predict_prompts(
     decode: Decode = "score",
     columns: Sequence[str] | None = None,
     fill: Mapping[str, str] | None = None,
+    raw: bool = False,
     journal: Path | None = None,
     resume: bool = False,
     scorer: Scorer | None = None,
@@ -147,9 +170,10 @@ def predict_prompts(
         source: What to predict with.
         prompts: In input order; iterated three times, for an ensemble once more for each member.
         out: The predictions file.
-        decode: Whether the label is the most probable one, or what a generated answer means.
+        decode: Whether the label is what the source decides by scores, or what a generated answer means.
         columns: What to write; None: all columns of predictions.
         fill: What rows have in a wanted column in place of nothing.
+        raw: Leave the source's decisions out.
         journal: Where scores stand until all are there; None: in memory only.
         resume: Go on with the journal that is there.
         scorer: The source loaded; None: it is when all rows have been read once.
@@ -159,11 +183,14 @@ def predict_prompts(
         raise DataError("ROWS: there is no row below the names of the columns, so nothing to predict. Give some rows.")
     prompts = Unchanged(prompts, survey)
     names = source.task.names
-    chosen = choose_columns(columns, prediction_columns(names, text=decode == "generate"), survey.columns, fill or ())
+    decisions = source.decisions if source.decisions is not None and not raw else Decisions.bare(names)
+    own = prediction_columns(names, text=decode == "generate", sets=decisions.in_set is not None)
+    chosen = choose_columns(columns, own, survey.columns, fill or ())
 
     found = score_rows(source, prompts, survey, decode=decode, journal=journal, resume=resume, scorer=scorer)
     scored = found.scored
-    write_predictions(out, _predictions(prompts, scored, source.task, decode), labels=names, columns=chosen, fill=fill)
+    predictions = _predictions(prompts, scored, source.task, decode, decisions)
+    write_predictions(out, predictions, labels=names, columns=chosen, fill=fill)
     agreement = {"agreement": _agreement(scored, source.task)} if decode == "generate" else {}
     if journal is not None:
         remove(journal)
@@ -175,10 +202,14 @@ def predict_prompts(
     return figures | {"batch_tokens": found.batch_tokens} | agreement
 
 
-def write_scored(out: Path, prompts: Iterable[Prompt], scored: AllScored, task: Task) -> None:
+def write_scored(
+    out: Path, prompts: Iterable[Prompt], scored: AllScored, task: Task, decisions: Decisions | None = None
+) -> None:
     """Write the predictions of scored prompts, with the columns that predictions have."""
-    predictions = _predictions(prompts, scored, task, "score")
-    write_predictions(out, predictions, labels=task.names, columns=prediction_columns(task.names))
+    decisions = decisions or Decisions.bare(task.names)
+    predictions = _predictions(prompts, scored, task, "score", decisions)
+    columns = prediction_columns(task.names, sets=decisions.in_set is not None)
+    write_predictions(out, predictions, labels=task.names, columns=columns)
 
 
 def _say_agreement(found: dict[str, Any]) -> None:
@@ -204,23 +235,34 @@ class _FilePrompts:
         return read_prompts(self.files, self.task, encoding=self.encoding)
 
 
-def _predictions(prompts: Iterable[Prompt], scored: AllScored, task: Task, decode: Decode) -> Iterator[Prediction]:
-    """Yield decisions in input order: the most probable label, or the one that the generated text means."""
-    probs = probabilities(scored.scores)
-    choices = decide(probs)
+def _predictions(
+    prompts: Iterable[Prompt], scored: AllScored, task: Task, decode: Decode, decisions: Decisions
+) -> Iterator[Prediction]:
+    """Yield predictions in input order: the label that was decided on, or the one that the generated text means."""
+    decided = decisions.apply(scored.scores)
     parser = AnswerParser(task)
     for number, prompt in enumerate(prompts):
         text = scored.texts[number] if decode == "generate" else None
-        label = task.names[choices[number]] if text is None else parser.parse(text)
+        label: str | None
+        if text is None:
+            answered = bool(decided.answered[number])
+            label, status = (task.names[decided.choices[number]], OK) if answered else (None, ABSTAINED)
+        else:
+            label = parser.parse(text)
+            status = OK if label is not None else UNPARSED
+        in_set = decided.sets[number] if decided.sets is not None else None
         yield Prediction(
             id=prompt.id,
             label=label,
-            probs=list(probs[number]),
-            status=OK if label is not None else UNPARSED,
+            probs=list(decided.probs[number]),
+            status=status,
             cut=bool(scored.cut[number]),
             gold=prompt.label,
             text=text,
             cells=prompt.cells,
+            label_set=[name for name, within in zip(task.names, in_set, strict=True) if within]
+            if in_set is not None
+            else None,
         )
 
 

@@ -1,23 +1,34 @@
 """The validation rows of a run, scored with the saved model as predict will, and whether predict merges an adapter."""
 
 import gc
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llm_clf.commands.predict import predict_prompts
-from llm_clf.config import Settings
+import numpy as np
+
+from llm_clf.commands.predict import write_scored
+from llm_clf.commands.scoring import Scoring, score_rows, survey_rows
+from llm_clf.config import EncoderSettings, Settings
 from llm_clf.console import say
-from llm_clf.decisions.predictions import read_predictions
+from llm_clf.decisions.decide import probabilities
+from llm_clf.decisions.decisions import Decided, Decisions
+from llm_clf.decisions.fitting import cross_fit, fit_decisions
+from llm_clf.decisions.folds import FOLDS
+from llm_clf.decisions.predictions import ABSTAINED, OK, PredictionTable, read_predictions
+from llm_clf.decisions.stored import save_scores, trained_shares
+from llm_clf.engine.scores import AllScored, Scorer
 from llm_clf.errors import ArtifactError
 from llm_clf.evaluation.intervals import measure
-from llm_clf.evaluation.tables import metrics_text
-from llm_clf.files import write_json
+from llm_clf.evaluation.metrics import NO_LABEL
+from llm_clf.evaluation.reliability import BINS, probability_figures, risk_coverage
+from llm_clf.evaluation.tables import calibration_text, metrics_text
+from llm_clf.files import file_hash, write_json
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task
-from llm_clf.runs import ADAPTER, CHECKPOINTS, METRICS, VALID_PREDICTIONS
-from llm_clf.sources import LoraSource
+from llm_clf.runs import ADAPTER, DECISIONS, METRICS, VALID_PREDICTIONS, VALID_SCORES
+from llm_clf.sources import LoraSource, Source
 
 # A merged weight is rounded to the base's type. Where that moves no validation probability by more than this, it is
 # taken to change no decision that anybody relies on.
@@ -36,8 +47,8 @@ class MergeChoice:
 
 def score_validation(
     settings: Settings, task: Task, prompts: Sequence[Prompt], folder: Path
-) -> tuple[MergeChoice, int]:
-    """Score the validation rows with the saved adapter exactly as predict will; write predictions and metrics.
+) -> tuple[MergeChoice, int, AllScored | None]:
+    """Score the validation rows with the saved adapter exactly as predict will.
 
     Where memory runs out, all rows are scored anew in batches that fit: predict will make these, and rows that stand in
     other batches round otherwise.
@@ -49,56 +60,58 @@ def score_validation(
         folder: The unfinished run.
 
     Returns:
-        Whether predict merges, and the tokens of a batch that fits.
+        Whether predict merges, the tokens of a batch that fits, and the scores; None where there are no rows.
     """
     batch_tokens = settings.predict.batch_tokens
     if not prompts:
-        say("No validation rows: the last step's adapter is kept, and nothing is measured.")
-        return _without_comparison(settings, "there are no validation rows"), batch_tokens
+        say("No validation rows: the last step's adapter is kept.")
+        return _without_comparison(settings, "there are no validation rows"), batch_tokens, None
     # The trained model is a knot of objects that point at each other; its memory is needed now.
     gc.collect()
     while True:
-        choice, fits = _score(LoraSource(folder / ADAPTER, task, settings, None), prompts, folder)
+        choice, fits, scored = _score(LoraSource(folder / ADAPTER, task, settings, None), prompts)
         if fits == settings.predict.batch_tokens:
-            break
+            return choice, fits, scored
         settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
-    measure_validation(folder)
-    return choice, fits
 
 
-def measure_validation(folder: Path) -> None:
-    """Write and print the metrics of the predictions that the unfinished run in this folder has."""
-    metrics = measure(read_predictions(folder / VALID_PREDICTIONS))
-    write_json(folder / METRICS, metrics)
-    say("Validation rows, scored with the saved model:\n" + metrics_text(metrics))
-
-
-def _score(source: LoraSource, prompts: Sequence[Prompt], folder: Path) -> tuple[MergeChoice, int]:
-    """Write the predictions; where `predict.merge` is auto, of the way that predict will take.
+def _score(source: LoraSource, prompts: Sequence[Prompt]) -> tuple[MergeChoice, int, AllScored]:
+    """Score rows; where `predict.merge` is auto, both ways, of which the one is kept that predict will take.
 
     Returns:
-        That way, and the tokens of a batch that fitted into memory.
+        That way, the tokens of a batch that fitted into memory, and its scores.
     """
     from llm_clf.engine.classifier import Classifier
     from llm_clf.models.bases import is_quantized
 
-    settings, kept = source.settings, folder / VALID_PREDICTIONS
+    settings = source.settings
     if settings.predict.merge != "auto" or is_quantized(settings.model):
-        fits = predict_prompts(source, prompts, kept)["batch_tokens"]
-        return _without_comparison(settings, "the base is quantised"), fits
+        found = score_all(source, prompts)
+        return _without_comparison(settings, "the base is quantised"), _budget(found), found.scored
     classifier = Classifier.from_adapter(source.adapter, source.task, settings)
-    fits = predict_prompts(source, prompts, kept, scorer=classifier)["batch_tokens"]
-    # What is not kept goes with the checkpoints.
-    other = folder / CHECKPOINTS / VALID_PREDICTIONS
+    found = score_all(source, prompts, classifier)
+    fits, kept = _budget(found), found.scored
     try:
-        fits = min(fits, predict_prompts(source, prompts, other, scorer=classifier.merged())["batch_tokens"])
-        choice = _compare(kept, other)
+        found = score_all(source, prompts, classifier.merged())
+        fits = min(fits, _budget(found))
+        choice = _compare(kept, found.scored)
     except ArtifactError as error:
         choice = MergeChoice(False, None, f"it cannot be merged: {str(error).removesuffix('.')}")
     say(f"The adapter is {'merged into' if choice.merged else 'used beside'} the base in predictions: {choice.reason}.")
-    if choice.merged:
-        os.replace(other, kept)
-    return choice, fits
+    return choice, fits, found.scored if choice.merged else kept
+
+
+def score_all(source: Source, prompts: Sequence[Prompt], scorer: Scorer | None = None) -> Scoring:
+    """Score rows that are in memory, and say how fast."""
+    found = score_rows(source, prompts, survey_rows(prompts), scorer=scorer)
+    speed, cut = found.rows / max(found.seconds, 1e-9), int(found.scored.cut.sum())
+    say(f"{len(prompts):,} validation rows scored, {cut:,} of them cut to fit; {speed:.1f} rows/s.")
+    return found
+
+
+def _budget(found: Scoring) -> int:
+    assert found.batch_tokens is not None
+    return found.batch_tokens
 
 
 def _without_comparison(settings: Settings, reason: str) -> MergeChoice:
@@ -108,10 +121,110 @@ def _without_comparison(settings: Settings, reason: str) -> MergeChoice:
     return MergeChoice(settings.predict.merge, None, "predict.merge was set")
 
 
-def _compare(beside: Path, merged: Path) -> MergeChoice:
-    """Return whether two files of predictions are the same but for rounding."""
-    one, other = read_predictions(beside).probs, read_predictions(merged).probs
-    assert one is not None and other is not None
-    change = float(abs(other - one).max())
+def _compare(beside: AllScored, merged: AllScored) -> MergeChoice:
+    """Return whether two ways to score the same rows give the same but for rounding."""
+    change = float(abs(probabilities(merged.scores).astype(np.float64) - probabilities(beside.scores)).max())
     reason = f"merging moves no validation probability by more than {change:.2g}, and {TOLERANCE:g} is allowed"
     return MergeChoice(change <= TOLERANCE, change, reason)
+
+
+def decide_validation(
+    settings: Settings | EncoderSettings,
+    task: Task,
+    prompts: Sequence[Prompt],
+    scored: AllScored | None,
+    folder: Path,
+    *,
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """Fit decisions on scored validation rows, and write decisions, scores, predictions and metrics into the run.
+
+    Args:
+        settings: Of the run.
+        task: The run's task.
+        prompts: The validation rows.
+        scored: Their scores, None where there are none.
+        folder: The unfinished run.
+        counts: Training rows by label.
+
+    Returns:
+        What run.json says of the decisions.
+    """
+    scores = scored.scores if scored is not None else np.empty((0, len(task.names)), dtype=np.float32)
+    gold = [prompt.label for prompt in prompts]
+    seed, trained = settings.train.seed, trained_shares(counts, settings.train)
+    decisions = fit_decisions(scores, gold, task.names, settings.decide, seed=seed, trained=trained)
+    decisions.save(folder / DECISIONS)
+    if scored is None:
+        say("No validation rows: nothing is measured.")
+        return {"hash": file_hash(folder / DECISIONS)}
+    save_scores(folder / VALID_SCORES, scores)
+    write_scored(folder / VALID_PREDICTIONS, prompts, scored, task, decisions)
+    if decisions.fitted:
+        decided, calibrated = cross_fit(decisions, scores, gold, settings.decide, seed=seed, trained=trained)
+        metrics = measure(_table(task, prompts, decided)) | {
+            "measured_on": f"validation rows, cross-fitted in {FOLDS} folds"
+        }
+    else:
+        decided, calibrated = decisions.apply(scores), decisions.calibrated(scores)
+        metrics = measure(read_predictions(folder / VALID_PREDICTIONS)) | {"measured_on": "validation rows"}
+    metrics |= _trust(decisions, scores, gold, decided, calibrated)
+    write_json(folder / METRICS, metrics)
+    _show(decisions, metrics)
+    return {"hash": file_hash(folder / DECISIONS)}
+
+
+def _table(task: Task, prompts: Sequence[Prompt], decided: Decided) -> PredictionTable:
+    """Return decided rows as a predictions file holds them."""
+    names = task.names
+    return PredictionTable(
+        labels=list(names),
+        ids=[prompt.id for prompt in prompts],
+        predicted=[
+            names[choice] if answered else NO_LABEL
+            for choice, answered in zip(decided.choices, decided.answered, strict=True)
+        ],
+        status=[OK if answered else ABSTAINED for answered in decided.answered],
+        gold=[prompt.label or NO_LABEL for prompt in prompts],
+        probs=decided.probs,
+        sets=[[name for name, within in zip(names, row, strict=True) if within] for row in decided.sets]
+        if decided.sets is not None
+        else None,
+    )
+
+
+def _trust(
+    decisions: Decisions,
+    scores: np.ndarray,
+    gold: Sequence[str | None],
+    decided: Decided,
+    calibrated: np.ndarray,
+) -> dict[str, Any]:
+    """Return whether probabilities hold, and the risk-coverage curve, of the rows with a label."""
+    rows = [row for row, label in enumerate(gold) if label is not None]
+    if not rows:
+        return {}
+    truth = np.array([decisions.labels.index(gold[row] or "") for row in rows])
+    method = decisions.calibration.method
+    return {
+        "calibration": {
+            "method": method,
+            "reason": decisions.calibration.reason,
+            "bins": BINS,
+            "before": probability_figures(truth, probabilities(scores[rows])),
+            "after_cross_fitted": probability_figures(truth, calibrated[rows]) if method != "none" else None,
+        },
+        "risk_coverage": risk_coverage(decided.confidence[rows], decided.choices[rows] == truth),
+    }
+
+
+def _show(decisions: Decisions, metrics: dict[str, Any]) -> None:
+    say(decisions.text())
+    if "calibration" in metrics:
+        say(calibration_text(metrics["calibration"]))
+    how = "scored with the saved model"
+    if decisions.fitted:
+        how += f", cross-fitted in {FOLDS} folds: each is decided by what was fitted without it"
+    say(f"Validation rows, {how}:\n" + metrics_text(metrics))
+    if decisions.shift is not None:
+        say("Note: these rows have other shares of labels than decide.priors, and the figures are those of these rows.")

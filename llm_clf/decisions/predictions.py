@@ -21,7 +21,7 @@ from llm_clf.prompting.rows import STDIN, read_rows, shorten
 STDOUT = STDIN
 FORMATS = (".csv", ".jsonl", ".parquet")
 OK, UNPARSED, ABSTAINED = "ok", "unparsed", "abstained"
-PROB = "prob_"
+PROB, LABEL_SET = "prob_", "label_set"
 ROW_GROUP = 16_384
 
 Record = dict[str, Any]
@@ -43,11 +43,14 @@ class Prediction:
     """Generated answer, None where none was asked for."""
     cells: Mapping[str, str]
     """The input row's own columns."""
+    label_set: Sequence[str] | None = None
+    """Labels in the row's set in the task's order, None without label sets."""
 
 
-def prediction_columns(labels: Sequence[str], *, text: bool = False) -> list[str]:
-    """Return the columns of a predictions file; `text` is there where answers were generated."""
-    return ["id", "label", *(PROB + label for label in labels), "status", "cut", "gold", *(["text"] if text else [])]
+def prediction_columns(labels: Sequence[str], *, text: bool = False, sets: bool = False) -> list[str]:
+    """Return the columns of a predictions file: `text` where answers were generated, `label_set` with label sets."""
+    own = ["id", "label", *(PROB + label for label in labels), "status", "cut", "gold"]
+    return own + (["text"] if text else []) + ([LABEL_SET] if sets else [])
 
 
 def check_format(file: Path) -> None:
@@ -143,6 +146,9 @@ def _record(prediction: Prediction, labels: Sequence[str], columns: Sequence[str
         "gold": prediction.gold,
         **({"text": prediction.text} if prediction.text is not None else {}),
     }
+    if prediction.label_set is not None:
+        # A JSON list as text, which all formats hold alike.
+        own[LABEL_SET] = json.dumps(list(prediction.label_set), ensure_ascii=False)
     return {
         name: own[name] if name in own else prediction.cells.get(name, "") or fill.get(name, "") for name in columns
     }
@@ -202,6 +208,8 @@ class PredictionTable:
     """Empty text where the row had none."""
     probs: np.ndarray | None
     """Shape `(rows, labels)`, None where the file has none."""
+    sets: list[list[str]] | None = None
+    """Labels in each row's set, None where the file has none."""
 
 
 def read_predictions(file: Path) -> PredictionTable:
@@ -247,7 +255,18 @@ def read_predictions(file: Path) -> PredictionTable:
         status=[cell.get("status") or (OK if name else UNPARSED) for cell, name in zip(cells, predicted, strict=True)],
         gold=gold,
         probs=probs,
+        sets=[_label_set(row.where, row.cells[LABEL_SET]) for row in rows] if LABEL_SET in names else None,
     )
+
+
+def _label_set(where: str, text: str) -> list[str]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not (isinstance(found, list) and all(isinstance(label, str) for label in found)):
+        raise DataError(f'{where}: {LABEL_SET} is {text!r}; expected a JSON list of labels, such as ["0", "1"].')
+    return found
 
 
 def _number(where: str, cells: Mapping[str, str], column: str) -> float:

@@ -23,6 +23,7 @@ from llm_clf.engine.batches import plan_batches, plan_packed
 from llm_clf.engine.fitting import TRIED, TokenBudget, Work
 from llm_clf.engine.heads import Head
 from llm_clf.engine.packing import common_beginning, without_adapter_dropout
+from llm_clf.engine.sampling import balanced_order, shuffled_order
 from llm_clf.engine.speed import speed_up
 from llm_clf.engine.tokens import TrainingExample
 from llm_clf.errors import ArtifactError, TrainingError
@@ -103,6 +104,7 @@ def train(
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     gradients = _backward_of(model, head, examples, speed, pad_id, accelerator)
+    labels = _labels_to_balance(examples) if settings.sampling == "balanced" else None
 
     def shrunk(tokens: int) -> None:
         if state.step:
@@ -113,7 +115,7 @@ def train(
     budget = TokenBudget(int(settings.micro_batch_tokens), accelerator.device, shrunk)
     if accelerator.device.type in TRIED and state.step == 0:
         model.train()
-        steps = [_rows_of_step(step, len(examples), settings) for step in range(total)]
+        steps = [_rows_of_step(step, len(examples), settings, labels) for step in range(total)]
         budget.try_largest(gradients, [[examples[row] for row in rows] for rows in steps])
     saved = time.monotonic()
 
@@ -121,7 +123,7 @@ def train(
         model.train()
         while state.step < total and not state.stopped_early:
             started = time.monotonic()
-            rows = _rows_of_step(state.step, len(examples), settings)
+            rows = _rows_of_step(state.step, len(examples), settings, labels)
             batch = [examples[row] for row in rows]
             loss = budget.fit(gradients, batch)
             norm = accelerator.clip_grad_norm_(trainable(model), MAX_GRAD_NORM)
@@ -237,17 +239,22 @@ def _prepare(model: Any, settings: TrainSettings, total: int, accelerator: Accel
     return accelerator.prepare(optimizer), accelerator.prepare(schedule)
 
 
-def _rows_of_step(step: int, rows: int, settings: TrainSettings) -> list[int]:
+def _rows_of_step(step: int, rows: int, settings: TrainSettings, labels: tuple[int, ...] | None = None) -> list[int]:
     """Return the rows of one optimiser step; every epoch has an order of its own, given by the seed."""
     epoch, within = divmod(step, math.ceil(rows / settings.batch_size))
-    order = _order_of_epoch(rows, settings.seed + epoch)
+    order = _order_of_epoch(rows, settings.seed + epoch, labels)
     return order[within * settings.batch_size : (within + 1) * settings.batch_size]
 
 
 @lru_cache(maxsize=1)
-def _order_of_epoch(rows: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
+def _order_of_epoch(rows: int, seed: int, labels: tuple[int, ...] | None) -> list[int]:
+    return shuffled_order(rows, seed) if labels is None else balanced_order(labels, seed)
+
+
+def _labels_to_balance(examples: Sequence[TrainingExample]) -> tuple[int, ...]:
+    """Return a number for the label of each example: each label has its own answer."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return tuple(numbers.setdefault(tuple(example.answer), len(numbers)) for example in examples)
 
 
 def _evaluation_steps(per_epoch: int, total: int, every: float) -> set[int]:

@@ -4,16 +4,17 @@ Each resample draws as many rows as there are; a metric's interval lies between 
 are computed for many resamples at once, from how often each row was drawn.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from llm_clf.decisions.predictions import PredictionTable
-from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics, own_losses
+from llm_clf.decisions.predictions import ABSTAINED, PredictionTable
+from llm_clf.evaluation.metrics import HEADLINES, NO_LABEL, compute_metrics, own_losses
 
 LEVEL = 0.95
 RESAMPLES = 2_000
@@ -67,14 +68,50 @@ def measure(table: PredictionTable) -> dict[str, Any]:
     if not metrics["rows_with_gold"]:
         return metrics
     (drawn,) = resample([Judged.of(table)])
-    return metrics | {
-        "intervals": {
-            "level": LEVEL,
-            "resamples": RESAMPLES,
-            "seed": SEED,
-            "metrics": {name: as_list(interval_of(values)) for name, values in drawn.items()},
-            "left_out": {name: left_out for name, values in drawn.items() if (left_out := int(np.isnan(values).sum()))},
-        }
+    metrics["intervals"] = {
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "seed": SEED,
+        "metrics": {name: as_list(interval_of(values)) for name, values in drawn.items()},
+        "left_out": {name: left_out for name, values in drawn.items() if (left_out := int(np.isnan(values).sum()))},
+    }
+    if ABSTAINED in table.status:
+        metrics["answered"] = _answered(table)
+    if table.sets is not None:
+        metrics["label_sets"] = _label_sets(table)
+    return metrics
+
+
+def _answered(table: PredictionTable) -> dict[str, Any]:
+    """Return the share of rows with a gold label that got an answer (`coverage`), and the metrics of those."""
+    gold = [row for row, label in enumerate(table.gold) if label != NO_LABEL]
+    answered = [row for row in gold if table.status[row] != ABSTAINED]
+    found: dict[str, Any] = {"rows": len(answered), "coverage": len(answered) / len(gold)}
+    if not answered:
+        return found
+    measured = measure(
+        replace(
+            table,
+            ids=[table.ids[row] for row in answered],
+            predicted=[table.predicted[row] for row in answered],
+            status=[table.status[row] for row in answered],
+            gold=[table.gold[row] for row in answered],
+            probs=table.probs[answered] if table.probs is not None else None,
+            sets=None,
+        )
+    )
+    return found | {name: measured[name] for name in (*HEADLINES, "intervals") if name in measured}
+
+
+def _label_sets(table: PredictionTable) -> dict[str, Any]:
+    """Return the share of label sets that hold the gold label (`coverage`), their mean size, and sets by size."""
+    assert table.sets is not None
+    pairs = [(label, one) for label, one in zip(table.gold, table.sets, strict=True) if label != NO_LABEL]
+    sizes = Counter(len(one) for _, one in pairs)
+    return {
+        "coverage": sum(label in one for label, one in pairs) / len(pairs),
+        "mean_size": sum(len(one) for _, one in pairs) / len(pairs),
+        "sizes": {str(size): sizes[size] for size in sorted(sizes)},
     }
 
 

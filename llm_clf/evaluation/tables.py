@@ -27,10 +27,32 @@ def metrics_text(metrics: dict[str, Any]) -> str:
     without = sum(count for name, count in metrics.get("status", {}).items() if name != "ok")
     if without:
         parts.append(f"Rows without a label ({without:,}) count as wrong.")
+    if "answered" in metrics:
+        parts.append(_answered(metrics["answered"]))
+    if "label_sets" in metrics:
+        found = metrics["label_sets"]
+        sizes = ", ".join(f"{count:,} of {size}" for size, count in found["sizes"].items())
+        parts.append(f"Label sets hold the gold label of {found['coverage']:.1%} of rows; sets by size: {sizes}.")
     intervals = metrics.get("intervals", {})
     for name, count in intervals.get("left_out", {}).items():
         parts.append(f"{name} has no value in {count:,} of {intervals['resamples']:,} resamples; they are left out.")
     return "\n\n".join(parts)
+
+
+def _answered(answered: dict[str, Any]) -> str:
+    head = f"Of the rows with a gold label {answered['coverage']:.1%} are answered ({answered['rows']:,})"
+    return f"{head}; of these alone:\n" + _headline(answered) if answered["rows"] else head + "."
+
+
+def calibration_text(found: dict[str, Any]) -> str:
+    """Return whether probabilities hold, before and after calibration."""
+    before, after = found["before"], found["after_cross_fitted"]
+    head = ["probabilities", "as scored"] + ([f"calibrated ({found['method']}), cross-fitted"] if after else [])
+    rows = [
+        [name, _number(before[name]), *([_number(after[name])] if after else [])]
+        for name in ("ece", "brier", "log_loss")
+    ]
+    return table(head, rows)
 
 
 def interval_text(interval: Sequence[float] | None, digits: int = 4, *, sign: str = "") -> str:

@@ -29,6 +29,12 @@ class TrainingData:
         """Whether any validation row has a label."""
         return any(prompt.label is not None for prompt in self.valid)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return how many training rows each label has, in the task's order."""
+        found = Counter(prompt.label for prompt in self.train)
+        return {name: found[name] for name in self.task.names}
+
 
 def read_training_data(folder: Path) -> TrainingData:
     """Return the training and validation rows of a folder that `build-prompts` made.

@@ -14,6 +14,7 @@ from llm_clf.errors import ConfigError
 
 OF_THE_BASE = "belongs to the base, which is the same in all trials. Give it with --set, and sweep each base apart"
 ROUNDING = "changes no result but for rounding, so no trial can show which value is best"
+OF_DECISIONS = "is fitted when a training is over, and changes none"
 FIXED = {
     "model.name": OF_THE_BASE,
     "model.family": OF_THE_BASE,
@@ -25,6 +26,7 @@ FIXED = {
     "train.micro_batch_tokens": ROUNDING,
     "train.gradient_checkpointing": ROUNDING,
     **{key: ROUNDING for key in known_keys() if key.startswith(("predict.", "speed."))},
+    **{key: OF_DECISIONS for key in known_keys() if key.startswith("decide.")},
 }
 """Settings that no sweep may change, and why."""
 
