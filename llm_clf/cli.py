@@ -161,7 +161,7 @@ def evaluate(
     ] = None,
     rows: Annotated[
         Path | None,
-        typer.Option(metavar="ROWS", help="The rows that were predicted; the report shows their texts and slices."),
+        typer.Option(metavar="ROWS", help="The rows that were predicted; their texts and columns are shown."),
     ] = None,
     run: Annotated[
         Path | None, typer.Option(metavar="RUN", help="What made the predictions; the report shows how it learned.")
@@ -169,6 +169,14 @@ def evaluate(
     slice: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN", help="A column by whose values the report tells apart; may be repeated."),
+    ] = None,
+    suspects: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Write the rows whose gold label looks wrong. The predictions must come from a model that was not "
+            "trained on these rows: of validation or test rows, or out-of-fold.",
+        ),
     ] = None,
     encoding: Encoding = "utf-8",
 ) -> None:
@@ -180,7 +188,11 @@ def evaluate(
     from llm_clf.evaluation.tables import metrics_text
 
     print(
-        metrics_text(command.evaluate(predictions, out=out, rows=rows, run=run, slice=slice or (), encoding=encoding))
+        metrics_text(
+            command.evaluate(
+                predictions, out=out, rows=rows, run=run, slice=slice or (), suspects=suspects, encoding=encoding
+            )
+        )
     )
 
 

@@ -449,3 +449,17 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert "16 of these rows have ids of validation rows of the run run." in page
     assert "<h3>By length of the text, in characters</h3>" in page and "<h3>By cut</h3>" in page
     assert "<h3>By output</h3>" in page
+
+
+def test_rows_that_the_run_was_trained_on_are_told_of(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    llm_clf.build_prompts(root / "data" / "papers.csv", task="medical_paper", out=tmp_path / "prompts")
+    llm_clf.baseline_tfidf(tmp_path / "prompts", out=tmp_path / "run")
+    pages = {}
+    for split in ("train", "test"):
+        file, rows = tmp_path / f"{split}.csv", tmp_path / "prompts" / f"{split}.jsonl"
+        llm_clf.predict(tmp_path / "run", rows, out=file)
+        llm_clf.evaluate(file, out=tmp_path / split, rows=rows, run=tmp_path / "run")
+        pages[split] = (tmp_path / split / "report.html").read_text(encoding="utf-8")
+    assert "The run run was trained on 128 of these rows" in pages["train"]
+    assert "of these rows" not in pages["test"] and "this run was not measured while it was trained" in pages["test"]
