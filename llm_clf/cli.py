@@ -187,16 +187,44 @@ def _parse_fill(fill: list[str]) -> dict[str, str]:
 @app.command()
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="File that predict wrote from labelled rows.")],
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for metrics.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for metrics.json, report.html and its plots as PNG.")
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(metavar="ROWS", help="The rows that were predicted; their texts and columns are shown."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="What made the predictions; the report shows how it learned.")
+    ] = None,
+    slice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="A column by whose values the report tells apart; may be repeated."),
+    ] = None,
+    suspects: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Write the rows whose gold label looks wrong. The predictions must come from a model that was not "
+            "trained on these rows: of validation or test rows, or out-of-fold.",
+        ),
+    ] = None,
+    encoding: Encoding = "utf-8",
 ) -> None:
-    """Measure predictions against the gold labels.
+    """Measure predictions against the gold labels; with --out, write a report to look at.
 
-    Example: `llm-clf evaluate output/predictions.parquet --out output/report`
+    Example: `llm-clf evaluate output/predictions.parquet --out output/report --rows output/prompts/test.jsonl`
     """
     from llm_clf.commands import evaluate as command
     from llm_clf.evaluation.tables import metrics_text
 
-    print(metrics_text(command.evaluate(predictions, out=out)))
+    print(
+        metrics_text(
+            command.evaluate(
+                predictions, out=out, rows=rows, run=run, slice=slice or (), suspects=suspects, encoding=encoding
+            )
+        )
+    )
 
 
 @app.command()

@@ -142,7 +142,10 @@ def test_tasks_with_one_odd_value(words: str, key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_evaluate_damaged_predictions(suffix: str) -> None:
+def test_evaluate_damaged_predictions(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Drawing takes a second and sees numbers only.
+    monkeypatch.setattr("llm_clf.evaluation.plots.draw_plots", lambda *_: [])
+
     @fuzz
     @given(content=files(PREDICTIONS, suffix))
     def check(content: bytes) -> None:

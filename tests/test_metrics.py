@@ -231,7 +231,7 @@ def test_the_evaluate_command_prints_the_table_and_writes_metrics(tmp_path: Path
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text(encoding="utf-8"))
     assert result.stdout == metrics_text(metrics) + "\n"
     assert ["f1", "0.4000"] in [row[:2] for row in rows_of(result.stdout)]
-    assert result.stderr == ""
+    assert result.stderr == f"The report is {tmp_path / 'report' / 'report.html'}.\n"
 
 
 def test_the_evaluate_command_refuses_what_is_no_predictions_file(tmp_path: Path) -> None:
