@@ -6,10 +6,10 @@ import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ENDINGS = (".jsonl", ".txt")
-PACKED = {".xz": lzma.open, ".gz": gzip.open}
+PACKED: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 @dataclass(frozen=True, slots=True)

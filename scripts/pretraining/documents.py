@@ -16,8 +16,9 @@ from pretraining.corpus import Paper
 # Characters of a text in a question: with instruction and answers it then fits into the context.
 LONGEST = 3000
 WORD = re.compile(r"[A-Za-z][a-z]+(?:-[a-z]+)*")
-# Papers between one and the other that it is mixed up with.
+# Papers that are kept to mix up with, and papers whose words are counted.
 APART = 50
+COUNTED = 5000
 
 INPUTS = 6 * ("title:{title},abstract:{text}",) + (
     "title: {title}\nabstract: {text}",
@@ -138,8 +139,9 @@ class Asker:
 
     def remember(self, paper: Paper) -> None:
         """Keep a paper to mix up with later ones, and count its words."""
-        self.seen += 1
-        self.common.update(set(WORD.findall(paper.text[:LONGEST].lower())))
+        if self.seen < COUNTED:
+            self.seen += 1
+            self.common.update(set(WORD.findall(paper.text[:LONGEST].lower())))
         self.others = [*self.others[-APART:], paper]
 
     def ask(self, paper: Paper) -> Document:

@@ -11,8 +11,6 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from pretraining.rows import CONTEXT, Batch
 
-Loss = tuple[torch.Tensor, torch.Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class Design:
@@ -101,7 +99,7 @@ class Worker:
         total = 0.0
         for part, batch in enumerate(batches):
             loss = self._loss(batch, torch.Generator().manual_seed(hash((self.seed, step, part)) % 2**63)) / whole
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.item()
         for mine, parameter in zip(self.copy.parameters(), self.model.parameters(), strict=True):
             parameter.grad = mine.grad.to(parameter.device, torch.float32)
