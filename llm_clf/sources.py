@@ -17,7 +17,7 @@ from llm_clf.config import (
     settings_to_dict,
 )
 from llm_clf.decisions.decisions import Decisions
-from llm_clf.decisions.stored import refitted, run_decisions
+from llm_clf.decisions.stored import refit, run_decisions
 from llm_clf.engine.scores import Scorer
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.files import file_hash, read_json
@@ -235,7 +235,7 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> An
             f"{run.folder}: is a run of kind {run.kind}, which has no base and no settings of a prediction; leave out "
             "--model and --set."
         )
-    return with_decisions(run, refitted(run, deciding)) if deciding else run_source(run)
+    return with_decisions(run, refit(run, deciding).decisions) if deciding else run_source(run)
 
 
 def _decides(change: str) -> bool:

@@ -344,7 +344,8 @@ def test_settings_given_to_predict_decide_as_if_the_run_had_been_made_with_them(
     settings: tuple[str, ...], tfidf: Train, noisy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     llm_clf.predict(tfidf(), noisy / "test.jsonl", out=tmp_path / "one.csv", set=settings)
-    assert "Decisions fitted anew on the run's validation rows" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Decisions fitted anew on the run's validation rows" in shown and "Validation rows, scored" in shown
     llm_clf.predict(tfidf(*settings), noisy / "test.jsonl", out=tmp_path / "other.csv")
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "other.csv").read_bytes()
 

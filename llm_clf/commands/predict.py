@@ -24,13 +24,15 @@ from llm_clf.decisions.predictions import (
     prediction_columns,
     write_predictions,
 )
+from llm_clf.decisions.stored import refit
 from llm_clf.engine.scores import AllScored, Scorer
 from llm_clf.errors import ConfigError, DataError
+from llm_clf.evaluation.decided import decisions_text, measure_decisions
 from llm_clf.files import locked, partial_name, path_of, remove, require_apart, require_free
 from llm_clf.prompting.prompts import Prompt, read_prompts
 from llm_clf.prompting.rows import STDIN, rewindable
 from llm_clf.prompting.tasks import Task
-from llm_clf.runs import CONFIG, Run
+from llm_clf.runs import CONFIG, Run, load_run
 from llm_clf.sources import AnySource, LoraSource, find_source
 
 
@@ -100,8 +102,8 @@ def predict(
                 f"{unfinished}: an interrupted job left this. --resume goes on with it, --overwrite starts anew."
             )
         source = find_source(path_of(run), task, model, changes)
-        if anew and source.decisions is not None:
-            say(f"Decisions fitted anew on the run's validation rows:\n{source.decisions.text()}")
+        if anew:
+            _show_anew(path_of(run), changes)
         if decode == "generate" and not source.generates:
             raise ConfigError(f"--decode generate: {run} writes no answers: {_why_silent(source)}. Leave it out.")
         if isinstance(source, LoraSource) and source.run is not None:
@@ -119,6 +121,16 @@ def predict(
                 journal=unfinished,
                 resume=resume,
             )
+
+
+def _show_anew(folder: Path, changes: Sequence[str]) -> None:
+    """Say what decisions fitted anew on a run's validation rows are worth there."""
+    fit = refit(load_run(folder), [change for change in changes if change.strip().startswith("decide.")])
+    if fit.gold:
+        metrics = measure_decisions(
+            fit.decisions, fit.scores, fit.gold, fit.settings, seed=fit.seed, trained=fit.trained
+        )
+        say("Decisions fitted anew on the run's validation rows.\n" + decisions_text(fit.decisions, metrics))
 
 
 def _why_silent(source: AnySource) -> str:

@@ -13,17 +13,11 @@ from llm_clf.commands.scoring import Scoring, score_rows, survey_rows
 from llm_clf.config import EncoderSettings, Settings
 from llm_clf.console import say
 from llm_clf.decisions.decide import probabilities
-from llm_clf.decisions.decisions import Decided, Decisions
-from llm_clf.decisions.fitting import cross_fit, fit_decisions
-from llm_clf.decisions.folds import FOLDS
-from llm_clf.decisions.predictions import ABSTAINED, OK, PredictionTable, read_predictions
+from llm_clf.decisions.fitting import fit_decisions
 from llm_clf.decisions.stored import save_scores, trained_shares
 from llm_clf.engine.scores import AllScored, Scorer
 from llm_clf.errors import ArtifactError
-from llm_clf.evaluation.intervals import measure
-from llm_clf.evaluation.metrics import NO_LABEL
-from llm_clf.evaluation.reliability import BINS, probability_figures, risk_coverage
-from llm_clf.evaluation.tables import calibration_text, metrics_text
+from llm_clf.evaluation.decided import decisions_text, measure_decisions
 from llm_clf.files import file_hash, write_json
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task
@@ -160,71 +154,7 @@ def decide_validation(
         return {"hash": file_hash(folder / DECISIONS)}
     save_scores(folder / VALID_SCORES, scores)
     write_scored(folder / VALID_PREDICTIONS, prompts, scored, task, decisions)
-    if decisions.fitted:
-        decided, calibrated = cross_fit(decisions, scores, gold, settings.decide, seed=seed, trained=trained)
-        metrics = measure(_table(task, prompts, decided)) | {
-            "measured_on": f"validation rows, cross-fitted in {FOLDS} folds"
-        }
-    else:
-        decided, calibrated = decisions.apply(scores), decisions.calibrated(scores)
-        metrics = measure(read_predictions(folder / VALID_PREDICTIONS)) | {"measured_on": "validation rows"}
-    metrics |= _trust(decisions, scores, gold, decided, calibrated)
+    metrics = measure_decisions(decisions, scores, gold, settings.decide, seed=seed, trained=trained)
     write_json(folder / METRICS, metrics)
-    _show(decisions, metrics)
+    say(decisions_text(decisions, metrics))
     return {"hash": file_hash(folder / DECISIONS)}
-
-
-def _table(task: Task, prompts: Sequence[Prompt], decided: Decided) -> PredictionTable:
-    """Return decided rows as a predictions file holds them."""
-    names = task.names
-    return PredictionTable(
-        labels=list(names),
-        ids=[prompt.id for prompt in prompts],
-        predicted=[
-            names[choice] if answered else NO_LABEL
-            for choice, answered in zip(decided.choices, decided.answered, strict=True)
-        ],
-        status=[OK if answered else ABSTAINED for answered in decided.answered],
-        gold=[prompt.label or NO_LABEL for prompt in prompts],
-        probs=decided.probs,
-        sets=[[name for name, within in zip(names, row, strict=True) if within] for row in decided.sets]
-        if decided.sets is not None
-        else None,
-    )
-
-
-def _trust(
-    decisions: Decisions,
-    scores: np.ndarray,
-    gold: Sequence[str | None],
-    decided: Decided,
-    calibrated: np.ndarray,
-) -> dict[str, Any]:
-    """Return whether probabilities hold, and the risk-coverage curve, of the rows with a label."""
-    rows = [row for row, label in enumerate(gold) if label is not None]
-    if not rows:
-        return {}
-    truth = np.array([decisions.labels.index(gold[row] or "") for row in rows])
-    method = decisions.calibration.method
-    return {
-        "calibration": {
-            "method": method,
-            "reason": decisions.calibration.reason,
-            "bins": BINS,
-            "before": probability_figures(truth, probabilities(scores[rows])),
-            "after_cross_fitted": probability_figures(truth, calibrated[rows]) if method != "none" else None,
-        },
-        "risk_coverage": risk_coverage(decided.confidence[rows], decided.choices[rows] == truth),
-    }
-
-
-def _show(decisions: Decisions, metrics: dict[str, Any]) -> None:
-    say(decisions.text())
-    if "calibration" in metrics:
-        say(calibration_text(metrics["calibration"]))
-    how = "scored with the saved model"
-    if decisions.fitted:
-        how += f", cross-fitted in {FOLDS} folds: each is decided by what was fitted without it"
-    say(f"Validation rows, {how}:\n" + metrics_text(metrics))
-    if decisions.shift is not None:
-        say("Note: these rows have other shares of labels than decide.priors, and the figures are those of these rows.")

@@ -1,13 +1,14 @@
 """The decisions of a run: as they were stored, or fitted anew on its validation rows for other settings."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_clf.config import load_tree
+from llm_clf.config import DecideSettings, load_tree
 from llm_clf.decisions.decisions import Decisions, load_decisions
 from llm_clf.decisions.fitting import fit_decisions
 from llm_clf.decisions.predictions import read_predictions
@@ -38,8 +39,20 @@ def run_decisions(run: Run) -> Decisions | None:
     return load_decisions(file, run.task.names)
 
 
-def refitted(run: Run, changes: Sequence[str]) -> Decisions:
-    """Return decisions fitted on the validation rows of a run, with some of its settings changed.
+@dataclass(frozen=True, slots=True)
+class Refitted:
+    """Decisions fitted on the validation rows of a run, and what they were fitted to, as `fit_decisions` takes it."""
+
+    decisions: Decisions
+    scores: NDArray[Any]
+    gold: list[str | None]
+    settings: DecideSettings
+    seed: int
+    trained: dict[str, float] | None
+
+
+def refit(run: Run, changes: Sequence[str]) -> Refitted:
+    """Fit decisions on the validation rows of a run, with some of its settings changed.
 
     Args:
         run: Of a kind whose settings have a section `decide`.
@@ -51,14 +64,9 @@ def refitted(run: Run, changes: Sequence[str]) -> Decisions:
     """
     settings: Any = load_tree(KINDS[run.kind].settings, [run.folder / CONFIG], changes)
     scores, gold = _validation_rows(run)
-    return fit_decisions(
-        scores,
-        gold,
-        run.task.names,
-        settings.decide,
-        seed=settings.train.seed,
-        trained=trained_shares(run.facts.get("rows", {}).get("labels"), settings.train),
-    )
+    seed, trained = settings.train.seed, trained_shares(run.facts.get("rows", {}).get("labels"), settings.train)
+    decisions = fit_decisions(scores, gold, run.task.names, settings.decide, seed=seed, trained=trained)
+    return Refitted(decisions, scores, gold, settings.decide, seed, trained)
 
 
 def trained_shares(counts: Mapping[str, int] | None, train: Any) -> dict[str, float] | None:
