@@ -125,7 +125,7 @@ def test_text_that_is_no_unicode_has_a_key(tmp_path: Path) -> None:
     cache = TokenCache(tmp_path / "tokens")
     cache.get(["a\ud800"], lambda: EXAMPLES)
     assert plain(cache.get(["a\ud800"], nothing)) == plain(EXAMPLES)
-    assert cache.get(["a"], list) == []
+    assert cache.get(["a?"], list) == []
 
 
 def test_few_rows_and_a_tokenizer_in_python_keep_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
