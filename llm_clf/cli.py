@@ -305,6 +305,26 @@ def leaderboard(
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Finished run of any kind.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Prompts that the run was trained on, where that folder was moved."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Where the run's base is now, if it was moved.")
+    ] = None,
+) -> None:
+    """Predict a run's validation rows afresh, and compare with what it stores to the last bit.
+
+    Example: `llm-clf verify output/run`
+    """
+    from llm_clf.commands import verify as command
+
+    command.verify(run, data=data, model=model)
+
+
+@app.command()
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model.")],

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_clf.commands.parity import MeasuredRows, check_against_training, prompt_digest, scored_with
 from llm_clf.commands.sweep import run_sweep, trial_folders
 from llm_clf.commands.validation import score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
@@ -40,6 +41,7 @@ from llm_clf.runs import (
     is_finished,
     is_run,
     package_versions,
+    prompts_place,
     require_run_place,
     require_same_inputs,
     run_metrics,
@@ -241,8 +243,11 @@ def _train_run(
     settings = _as_found(settings, folder)
     choice, fits = score_validation(settings, data.task, data.valid, folder)
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
-    save_inputs(folder, data.task, settings_to_dict(settings.merging(choice.merged)))
+    settings = settings.merging(choice.merged)
+    save_inputs(folder, data.task, settings_to_dict(settings))
     save_trained_rows(folder, data.train)
+    measured = MeasuredRows(folder / CHECKPOINTS).of(trained["training"]["best_step"], trained["evaluations"])
+    rounding = "the adapter is merged into the base's weights now" if choice.merged else None
     facts = {
         "kind": LORA,
         "name": folder.name.removesuffix(".partial"),
@@ -250,7 +255,10 @@ def _train_run(
         "task": task_facts(data.task),
         **trained,
         "merge": asdict(choice),
+        "verified": check_against_training(folder, measured, rounding=rounding),
         "prompts": data.hashes,
+        "data": prompts_place(data.folder, folder),
+        "scored_with": scored_with(folder, settings, prompt_digest(rows.tokens, data.valid)),
         "seed": settings.train.seed,
         "versions": package_versions(),
         "commit": commit(),
@@ -444,5 +452,7 @@ def _measure(classifier: Any, data: TrainingData, folder: Path) -> dict[str, flo
         _record(folder, data.task, "predict", batch_tokens=classifier.batch_tokens)
     predicted = [data.task.names[choice] for choice in decide(probs)]
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
-    metrics = compute_metrics(gold, predicted, probs, data.task.names)
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+    found = compute_metrics(gold, predicted, probs, data.task.names)
+    metrics = {name: value for name, value in found.items() if isinstance(value, float)}
+    MeasuredRows(folder / CHECKPOINTS).keep(metrics, probs)
+    return metrics
