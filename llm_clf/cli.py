@@ -76,6 +76,10 @@ def finetune(
         Path | None,
         typer.Option(metavar="FILE", help="YAML file of settings to try; the best of these trainings becomes the run."),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Train once for each fold of the training rows, on all others; the run is the mean of all."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -86,7 +90,15 @@ def finetune(
     from llm_clf.commands import finetune as command
 
     command.finetune(
-        data, out=out, model=model, config=config, set=set or (), sweep=sweep, resume=resume, overwrite=overwrite
+        data,
+        out=out,
+        model=model,
+        config=config,
+        set=set or (),
+        sweep=sweep,
+        folds=folds,
+        resume=resume,
+        overwrite=overwrite,
     )
 
 
