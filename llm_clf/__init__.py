@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llm_clf.commands.leaderboard import leaderboard
     from llm_clf.commands.merge import merge
     from llm_clf.commands.predict import predict
+    from llm_clf.commands.verify import verify
     from llm_clf.errors import LlmClfError
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "leaderboard",
     "merge",
     "predict",
+    "verify",
 ]
 __version__ = "0.1.0"
 

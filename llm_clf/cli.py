@@ -79,6 +79,10 @@ def finetune(
         Path | None,
         typer.Option(metavar="FILE", help="YAML file of settings to try; the best of these trainings becomes the run."),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Train once for each fold of the training rows, on all others; the run is the mean of all."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -89,7 +93,15 @@ def finetune(
     from llm_clf.commands import finetune as command
 
     command.finetune(
-        data, out=out, model=model, config=config, set=set or (), sweep=sweep, resume=resume, overwrite=overwrite
+        data,
+        out=out,
+        model=model,
+        config=config,
+        set=set or (),
+        sweep=sweep,
+        folds=folds,
+        resume=resume,
+        overwrite=overwrite,
     )
 
 
@@ -364,6 +376,26 @@ def leaderboard(
     from llm_clf.commands import leaderboard as command
 
     print(command.leaderboard_text(command.leaderboard(runs, data=data, split=split, metric=metric, out=out)))
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Finished run of any kind.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Prompts that the run was trained on, where that folder was moved."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Where the run's base is now, if it was moved.")
+    ] = None,
+) -> None:
+    """Predict a run's validation rows afresh, and compare with what it stores to the last bit.
+
+    Example: `llm-clf verify output/run`
+    """
+    from llm_clf.commands import verify as command
+
+    command.verify(run, data=data, model=model)
 
 
 @app.command()

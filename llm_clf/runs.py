@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,8 @@ ENCODER_WEIGHTS = "model.safetensors"
 TRAINED_ROWS = "trained-rows.npy"
 DECISIONS, VALID_SCORES = "decisions.json", "scores-valid.npy"
 """How scores become probabilities and labels, and the scores by which that was fitted."""
+FOLDS, FOLD_PREDICTIONS = "folds", "predictions-folds.parquet"
+"""Of a cross-validation: the runs of its folds, and what each predicts of the rows that it was not trained on."""
 LORA, TFIDF, ENCODER, ENSEMBLE = "lora", "tfidf", "encoder", "ensemble"
 PACKAGES = ("llm-clf", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
@@ -206,6 +209,11 @@ def count_trained_rows(folder: Path, prompts: Iterable[Prompt]) -> int | None:
         raise ArtifactError(f"{file}: is damaged: {error}. Copy the whole run again, or train again.") from error
 
 
+def prompts_place(data: Path, run: Path) -> dict[str, str]:
+    """Return where the prompts folder of a run is, as run.json tells: seen from the run, and as it was given."""
+    return {"path": os.path.relpath(os.path.realpath(data), os.path.realpath(run)), "given": str(data.absolute())}
+
+
 def _row_hashes(prompts: Iterable[Prompt]) -> NDArray[np.uint64]:
     """Return 64 bits of each text; texts that differ only in Unicode form or white space are one, as in a split."""
     return np.array([int.from_bytes(text_key(prompt.input)[:8], "little") for prompt in prompts], dtype=np.uint64)
@@ -313,7 +321,18 @@ def cpu_hardware() -> dict[str, Any]:
         "device": f"{platform.machine()} CPU",
         "system": f"{platform.system()} {platform.machine()}",
         "threads": os.cpu_count(),
+        "processor": processor(),
     }
+
+
+def processor() -> str:
+    """Return the processor's name: another one may round otherwise."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def resident_peak() -> int:

@@ -242,6 +242,13 @@ def _decides(change: str) -> bool:
     return change.partition(".")[0].strip() == "decide"
 
 
+def run_settings(run: Run, model: str | None) -> Run:
+    """Return a run with its base where it is now: `model`, if that is given, for a run that has a base."""
+    if run.kind != LORA or model is None:
+        return run
+    return replace(run, settings=_changed(run, [f"model.name={json.dumps(model)}"]))
+
+
 def run_source(run: Run) -> AnySource:
     """Return what a run predicts with, as it was made.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_clf.commands.finetune import shipped_recipe
+from llm_clf.commands.parity import MeasuredRows, check_against_training, scored_with, text_digest
 from llm_clf.commands.validation import decide_validation, score_all
 from llm_clf.config import DEFAULT_BASE, EncoderSettings, load_tree, settings_to_dict
 from llm_clf.console import say
@@ -28,6 +29,7 @@ from llm_clf.runs import (
     is_finished,
     is_run,
     package_versions,
+    prompts_place,
     require_run_place,
     require_same_inputs,
     run_metrics,
@@ -161,9 +163,11 @@ def _train_run(settings: EncoderSettings, data: TrainingData, folder: Path, *, r
     say(f"Encoder {settings.model.name} in {settings.model.dtype} on {describe(device)}.")
 
     with memory_explained():
-        trained = _fit(settings, data, folder, device)
+        trained, tokens = _fit(settings, data, folder, device)
     settings = load_tree(EncoderSettings, [folder / CONFIG])
     decided = _score_validation(settings, data, folder)
+    settings = load_tree(EncoderSettings, [folder / CONFIG])
+    measured = MeasuredRows(folder / CHECKPOINTS).of(trained["training"]["best_step"], trained["evaluations"])
     facts = {
         "kind": ENCODER,
         "name": folder.name.removesuffix(".partial"),
@@ -171,7 +175,10 @@ def _train_run(settings: EncoderSettings, data: TrainingData, folder: Path, *, r
         "task": task_facts(data.task),
         **trained,
         "decisions": decided,
+        "verified": check_against_training(folder, measured),
         "prompts": data.hashes,
+        "data": prompts_place(data.folder, folder),
+        "scored_with": scored_with(folder, settings, tokens),
         "seed": settings.train.seed,
         "versions": package_versions(PACKAGES),
         "commit": commit(),
@@ -214,8 +221,8 @@ def _claim(folder: Path, settings: EncoderSettings, data: TrainingData, base: di
     return False
 
 
-def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: Any) -> dict[str, Any]:
-    """Train and save encoder and head; return what run.json says of it."""
+def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: Any) -> tuple[dict[str, Any], str | None]:
+    """Train and save encoder and head; return what run.json says of it, and a hash of tokens of validation rows."""
     from llm_clf.baselines.encoder import LabelledRow, train
     from llm_clf.baselines.encoder_model import EncoderScorer, new_classifier, row_tokenizer, save_classifier
     from llm_clf.engine.training import row_weights
@@ -254,7 +261,7 @@ def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: An
         accelerator.end_training()
     learned = folder / KINDS[ENCODER].learned
     save_classifier(model, tokenizer, learned.parent)
-    return {
+    facts = {
         "encoder": {
             "hash": file_hash(learned),
             "parameters": parameters,
@@ -278,6 +285,7 @@ def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: An
         },
         "evaluations": state.evaluations,
     }
+    return facts, text_digest(tokens, data.valid)
 
 
 def _accelerator(settings: EncoderSettings, device: Any, folder: Path) -> Any:
@@ -306,8 +314,10 @@ def _measure(scorer: Any, data: TrainingData, folder: Path) -> dict[str, float]:
         _record(folder, data, "predict", batch_tokens=scorer.batch_tokens)
     predicted = [data.task.names[choice] for choice in decide(probs)]
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
-    metrics = compute_metrics(gold, predicted, probs, data.task.names)
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+    found = compute_metrics(gold, predicted, probs, data.task.names)
+    metrics = {name: value for name, value in found.items() if isinstance(value, float)}
+    MeasuredRows(folder / CHECKPOINTS).keep(metrics, probs)
+    return metrics
 
 
 def _record(folder: Path, data: TrainingData, section: str, **found: int) -> None:

@@ -9,10 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_clf.commands.parity import check_against_training, scored_with
 from llm_clf.commands.validation import decide_validation, score_all
 from llm_clf.config import DecideSettings, Settings, load_settings, require_keys, settings_to_dict
 from llm_clf.console import say, table
+from llm_clf.decisions.decide import probabilities
 from llm_clf.decisions.fitting import require_decidable
+from llm_clf.engine.scores import Scored
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.files import (
     file_hash,
@@ -33,6 +39,7 @@ from llm_clf.runs import (
     cpu_hardware,
     is_finished,
     package_versions,
+    prompts_place,
     require_run_place,
     resident_peak,
     run_metrics,
@@ -169,7 +176,10 @@ def _make_run(data: TrainingData, settings: Settings, folder: Path) -> None:
             {"model": one.candidate.model, "C": one.candidate.c, "accuracy": one.accuracy, "f1": one.f1}
             for one in fitted.tried
         ],
+        "verified": check_against_training(folder, _measure(fitted, data)),
         "prompts": data.hashes,
+        "data": prompts_place(data.folder, folder),
+        "scored_with": scored_with(folder, None, None),
         "seed": settings.train.seed,
         "versions": package_versions(PACKAGES),
         "commit": commit(),
@@ -179,6 +189,15 @@ def _make_run(data: TrainingData, settings: Settings, folder: Path) -> None:
         "peak_memory": {"resident_bytes": resident_peak()},
     }
     save_facts(folder, facts)
+
+
+def _measure(fitted: "Fitted", data: TrainingData) -> NDArray[np.float32] | None:
+    """Return the probabilities of the first validation rows by the model in memory; None where there are none."""
+    from llm_clf.baselines.tfidf_model import BATCH_ROWS, TfidfScorer
+
+    batches: list[Scored] = []
+    TfidfScorer(fitted.pipeline, data.task.names).score(data.valid[:BATCH_ROWS], batches.append)
+    return probabilities(batches[0].scores) if batches else None
 
 
 def _choice(fitted: "Fitted") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llm_clf.baselines.ensemble import (
     combination_of,
     equal_weights,
 )
+from llm_clf.commands.parity import scored_with
 from llm_clf.commands.predict import write_scored
 from llm_clf.commands.scoring import score_members, survey_rows
 from llm_clf.console import say, table
@@ -57,6 +58,7 @@ from llm_clf.runs import (
     is_finished,
     load_run,
     package_versions,
+    prompts_place,
     require_run_place,
     resident_peak,
     run_metrics,
@@ -87,6 +89,8 @@ class _Inputs:
 
     members: list[Run]
     task: Task
+    data: Path
+    """Where the validation rows are."""
     valid: list[Prompt]
     valid_hash: str
 
@@ -170,7 +174,7 @@ def _read_inputs(folders: Sequence[Path], data: Path) -> _Inputs:
     for run in members:
         _require_fit(run, task, data)
         _require_unseen(run, valid, data)
-    return _Inputs(members, task, valid, file_hash(data / "valid.jsonl"))
+    return _Inputs(members, task, data, valid, file_hash(data / "valid.jsonl"))
 
 
 def _require_fit(run: Run, task: Task, data: Path) -> None:
@@ -250,6 +254,8 @@ def _make_run(inputs: _Inputs, method: Method, folder: Path, place: Path, *, res
         # With that of the members.
         "training": {"seconds": round(training + seconds, 2)},
         "prompts": {"valid": inputs.valid_hash},
+        "data": prompts_place(inputs.data, place),
+        "scored_with": scored_with(folder, None, None),
         "versions": package_versions(PACKAGES),
         "commit": commit(),
         "hardware": cpu_hardware(),

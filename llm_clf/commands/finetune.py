@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_clf.commands.folds import fold_folders, require_folds, run_folds
+from llm_clf.commands.parity import MeasuredRows, check_against_training, prompt_digest, scored_with
 from llm_clf.commands.sweep import run_sweep, trial_folders
 from llm_clf.commands.validation import decide_validation, score_validation
 from llm_clf.config import DEFAULT_BASE, Settings, load_settings, settings_to_dict
@@ -33,6 +35,8 @@ from llm_clf.runs import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
+    ENSEMBLE,
+    FOLDS,
     INPUTS,
     LOG,
     LORA,
@@ -41,6 +45,7 @@ from llm_clf.runs import (
     is_finished,
     is_run,
     package_versions,
+    prompts_place,
     require_run_place,
     require_same_inputs,
     run_metrics,
@@ -81,6 +86,7 @@ def finetune(
     config: str | Path | None = None,
     set: Sequence[str] = (),
     sweep: str | Path | None = None,
+    folds: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -93,14 +99,17 @@ def finetune(
         config: A YAML file of settings.
         set: Settings as `section.key=value`, stronger than the file.
         sweep: A YAML file of settings to try; the best of these trainings becomes the run.
+        folds: Cut the training rows into so many folds and train on the rest of each; the run is the mean of all.
         resume: Go on with what an interrupted training left.
         overwrite: Replace `out`.
 
     Raises:
         LlmClfError: Settings, prompts or base are wrong, or the loss is not a number.
     """
+    if folds is not None and sweep is not None:
+        raise ConfigError("--folds: a sweep compares its trials by the validation rows. Sweep first, then --folds.")
     place = path_of(out)
-    if resume and is_finished(place, LORA):
+    if resume and is_finished(place, LORA if folds is None else ENSEMBLE):
         say(f"{place} is finished; nothing to do.")
         return run_metrics(place)
     require_run_place(place, overwrite=overwrite)
@@ -110,21 +119,27 @@ def finetune(
     prompts = read_training_data(folder)
     _check_settings(settings, prompts)
     plan = _read_sweep(sweep, settings, prompts) if sweep is not None else None
+    if folds is not None:
+        require_folds(folds, settings, prompts)
     with locked(place):
         unfinished = partial_name(place)
         if unfinished.exists() and not (resume or overwrite):
             raise ConfigError(
                 f"{unfinished}: an interrupted training left this. --resume goes on with it, --overwrite starts anew."
             )
-        _require_same_kind(unfinished, sweep=plan is not None, overwrite=overwrite)
+        if not overwrite:
+            _require_same_kind(unfinished, SWEEP if plan is not None else FOLDS if folds is not None else None)
         try:
             with writing(unfinished, "Then --resume goes on from the last checkpoint."):
                 if not (resume and is_run(unfinished)):
-                    if plan is None:
-                        _train_run(settings, prompts, unfinished, resume=resume)
-                    else:
+                    if plan is not None:
                         train = partial(_train_run, data=prompts, resume=True)
                         run_sweep(plan, settings, prompts.hashes, unfinished, train, resume=resume)
+                    elif folds is not None:
+                        train_fold = partial(_train_run, resume=True)
+                        run_folds(folds, settings, prompts, unfinished, train_fold, resume=resume)
+                    else:
+                        _train_run(settings, prompts, unfinished, resume=resume)
                 metrics = _finish(unfinished, place)
         except LlmClfError:
             _drop_fruitless(unfinished)
@@ -187,16 +202,25 @@ def _read_sweep(file: str | Path, settings: Settings, data: TrainingData) -> Swe
     return sweep
 
 
-def _require_same_kind(unfinished: Path, *, sweep: bool, overwrite: bool) -> None:
-    """Refuse to go on with a sweep as with a single training, and the reverse.
+def _require_same_kind(unfinished: Path, wanted: str | None) -> None:
+    """Refuse to go on with a sweep, or with folds, as with another training.
+
+    Args:
+        unfinished: What was interrupted, if anything.
+        wanted: The folder that a sweep or folds have in it, None for a single training.
 
     Raises:
-        ConfigError: What was interrupted is the other one.
+        ConfigError: What was interrupted is another one.
     """
-    swept = (unfinished / SWEEP).is_dir()
-    if (unfinished / INPUTS).is_file() and swept != sweep and not overwrite:
-        found, advice = ("sweep", "Give its --sweep") if swept else ("single training", "Leave out --sweep")
-        raise ConfigError(f"{unfinished}: an interrupted {found} left this. {advice}, or --overwrite to start anew.")
+    found = next((name for name in (SWEEP, FOLDS) if (unfinished / name).is_dir()), None)
+    if (unfinished / INPUTS).is_file() and found != wanted:
+        words = {
+            SWEEP: ("an interrupted sweep", "Give its --sweep"),
+            FOLDS: ("an interrupted cross-validation", "Give its --folds"),
+            None: ("an interrupted single training", f"Leave out --{wanted}"),
+        }
+        left, advice = words[found]
+        raise ConfigError(f"{unfinished}: {left} left this. {advice}, or --overwrite to start anew.")
 
 
 def _train_run(
@@ -243,9 +267,12 @@ def _train_run(
     settings = _as_found(settings, folder)
     choice, fits, scored = score_validation(settings, data.task, data.valid, folder)
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
-    save_inputs(folder, data.task, settings_to_dict(settings.merging(choice.merged)))
+    settings = settings.merging(choice.merged)
+    save_inputs(folder, data.task, settings_to_dict(settings))
     save_trained_rows(folder, data.train)
     decided = decide_validation(settings, data.task, data.valid, scored, folder, counts=data.counts)
+    measured = MeasuredRows(folder / CHECKPOINTS).of(trained["training"]["best_step"], trained["evaluations"])
+    rounding = "the adapter is merged into the base's weights now" if choice.merged else None
     facts = {
         "kind": LORA,
         "name": folder.name.removesuffix(".partial"),
@@ -254,7 +281,10 @@ def _train_run(
         **trained,
         "merge": asdict(choice),
         "decisions": decided,
+        "verified": check_against_training(folder, measured, rounding=rounding),
         "prompts": data.hashes,
+        "data": prompts_place(data.folder, folder),
+        "scored_with": scored_with(folder, settings, prompt_digest(rows.tokens, data.valid)),
         "seed": settings.train.seed,
         "versions": package_versions(),
         "commit": commit(),
@@ -278,7 +308,7 @@ def _drop_fruitless(unfinished: Path) -> None:
     """Remove an unfinished run in which nothing was learned yet: there is nothing to go on with."""
     from llm_clf.engine.training import has_checkpoint
 
-    places = [unfinished, *trial_folders(unfinished)]
+    places = [unfinished, *trial_folders(unfinished), *fold_folders(unfinished)]
     if not any(is_run(place) or has_checkpoint(place / CHECKPOINTS) for place in places):
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -449,5 +479,7 @@ def _measure(classifier: Any, data: TrainingData, folder: Path) -> dict[str, flo
         _record(folder, data.task, "predict", batch_tokens=classifier.batch_tokens)
     predicted = [data.task.names[choice] for choice in decide(probs)]
     gold = [prompt.label or NO_LABEL for prompt in data.valid]
-    metrics = compute_metrics(gold, predicted, probs, data.task.names)
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+    found = compute_metrics(gold, predicted, probs, data.task.names)
+    metrics = {name: value for name, value in found.items() if isinstance(value, float)}
+    MeasuredRows(folder / CHECKPOINTS).keep(metrics, probs)
+    return metrics

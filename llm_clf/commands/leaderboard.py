@@ -160,6 +160,8 @@ def _size(entrant: _Entrant) -> int:
         sources += entrant.source.members
     folders = {folder.resolve() for folder, _ in sources}
     folders |= {_base_folder(source) for _, source in sources if isinstance(source, LoraSource)}
+    # Members may lie within the run.
+    folders = {folder for folder in folders if folders.isdisjoint(folder.parents)}
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
 
 

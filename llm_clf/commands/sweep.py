@@ -21,6 +21,7 @@ from llm_clf.runs import (
     SWEEP,
     is_run,
     package_versions,
+    prompts_place,
     require_same_inputs,
     run_metrics,
     save_facts,
@@ -159,8 +160,9 @@ def _promote(trial: Path, folder: Path, facts: dict[str, Any]) -> None:
     for entry in trial.iterdir():
         if entry.name not in (RUN, INPUTS, CHECKPOINTS):
             os.replace(entry, folder / entry.name)
-    name = folder.name.removesuffix(".partial")
-    save_facts(folder, {**read_json(trial / RUN), "name": name, "sweep": facts})
+    name, trained = folder.name.removesuffix(".partial"), read_json(trial / RUN)
+    data = prompts_place(Path(trained["data"]["given"]), folder)
+    save_facts(folder, {**trained, "name": name, "data": data, "sweep": facts})
 
 
 def _facts(sweep: Sweep, made: Sequence["Trial"], best: "Trial", metric: str) -> dict[str, Any]:

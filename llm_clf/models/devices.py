@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from llm_clf.errors import ConfigError
-from llm_clf.runs import resident_peak
+from llm_clf.runs import processor, resident_peak
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,6 +52,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "device": describe(device),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "processor": processor(),
     }
     if device.type == "cuda":
         facts["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
