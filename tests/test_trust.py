@@ -123,7 +123,7 @@ def test_a_target_error_is_kept_about_on_other_rows_and_by_cross_fitting() -> No
     scores, gold = scored(1000, 3, temperature=1.5)
     settings = DecideSettings.model_validate({"abstain": {"error": 0.1}})
     decisions = fit_decisions(scores, gold, ["0", "1", "2"], settings, seed=0)
-    assert "with confidence 95 %" in decisions.text()
+    assert "would mean, with confidence 95 %, at most " in decisions.text()
     fresh, truth = scored(8000, 3, temperature=1.5, seed=4)
     decided = decisions.apply(fresh)
     right = decided.choices == np.array(truth, dtype=int)
@@ -151,6 +151,15 @@ def test_cross_fitted_figures_are_not_those_in_sample() -> None:
         for one in (decisions.apply(scores), folds)
     )
     assert outside < inside
+
+
+def test_folds_of_labels_with_few_rows_each() -> None:
+    scores, _ = scored(24, 8)
+    gold = [str(number % 8) for number in range(24)]
+    settings = DecideSettings(calibration="temperature", objective="f1")
+    decisions = fit_decisions(scores, gold, [str(number) for number in range(8)], settings, seed=0)
+    folds, calibrated = cross_fit(decisions, scores, gold, settings, seed=0)
+    assert folds.probs.shape == calibrated.shape == (24, 8) and np.isfinite(folds.probs).all()
 
 
 def test_rows_without_a_label_are_decided_as_predict_does() -> None:

@@ -310,6 +310,6 @@ def _fit_error(target: float, rule: Rule, probs: Probs, truth: Indices, weights:
     bound = float(beta.ppf(0.95, wrong + 1, max(int(answered.sum()) - wrong, 1)))
     return smallest, (
         f"Abstention: below the probability {smallest:.4g}, which answers {coverage:.1%} of the rows by which it was "
-        f"chosen, with {error:.1%} wrong. Of {int(answered.sum()):,} answers {wrong:,} were wrong: with confidence "
-        f"95 % up to {bound:.1%} may be."
+        f"chosen, with {error:.1%} wrong. {wrong:,} wrong among {int(answered.sum()):,} answers of other rows "
+        f"would mean, with confidence 95 %, at most {bound:.1%}."
     )

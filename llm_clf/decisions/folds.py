@@ -21,8 +21,11 @@ def folds_of(truth: Indices, seed: int, folds: int = FOLDS) -> Sequence[tuple[In
         seed: Of the order in which rows are dealt out.
         folds: How many.
     """
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import KFold, StratifiedKFold
 
+    if np.bincount(truth).max() < folds:
+        # So many labels that none can be spread over all folds.
+        return list(KFold(folds, shuffle=True, random_state=seed).split(truth))
     with warnings.catch_warnings():
         # Where a label is rare, some folds go without it.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
