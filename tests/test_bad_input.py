@@ -982,12 +982,12 @@ def vouched_model(place: Place, content: bytes) -> None:
     place.edit_json("tfidf/run.json", model=facts["model"] | {"hash": file_hash(model)})
 
 
-@kind("a setting that a baseline does not heed", "--set 'lora.r=3'", "heeds train.seed only")
+@kind("a setting that a baseline does not heed", "--set 'lora.r=3'", "heeds train.seed and decide.calibration")
 def _(place: Place) -> tuple[object, ...]:
     return baseline(place, "--set", "lora.r=3")
 
 
-@kind("a setting that a baseline does not know", "--set 'seed=3'", "heeds train.seed only")
+@kind("a setting that a baseline does not know", "--set 'seed=3'", "heeds train.seed and decide.calibration")
 def _(place: Place) -> tuple[object, ...]:
     return baseline(place, "--set", "seed=3")
 
@@ -1068,7 +1068,7 @@ def _(place: Place) -> tuple[object, ...]:
     return (*tfidf(place), "--task", "task.yaml")
 
 
-@kind("answers of a baseline", "--decode generate: tfidf is no language model", "leave it out")
+@kind("answers of a baseline", "--decode generate: tfidf writes no answers: it is no language model", "Leave it out.")
 def _(place: Place) -> tuple[object, ...]:
     return (*tfidf(place), "--decode", "generate")
 

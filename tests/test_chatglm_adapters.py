@@ -359,7 +359,7 @@ def test_a_pattern_that_peft_has_read_in_two_ways_is_asked_about(tmp_path: Path)
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa': it was trained beside a changed base"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
-        ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS': expected CAUSAL_LM"),
+        ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS: its head is that of ChatGLM's own code"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": True}, "lora_alpha is True"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),

@@ -856,7 +856,7 @@ def test_a_run_of_another_kind_is_not_taken_for_finished(place: Path) -> None:
         ({"set": ["predict.merge=true"]}, "heeds model.dtype and predict.batch_tokens only"),
         ({"set": ["head.width=3"]}, "heeds model.dtype and predict.batch_tokens only"),
         ({"task": "task.yaml"}, "has its own task"),
-        ({"decode": "generate"}, "is no language model and writes no answers"),
+        ({"decode": "generate"}, "writes no answers: it is no language model"),
     ],
     ids=str,
 )

@@ -573,7 +573,7 @@ def test_settings_and_generation_are_refused(place: Path) -> None:
     rows = place / "prompts" / "test.jsonl"
     with pytest.raises(ConfigError, match="is a run of kind ensemble, which has no base"):
         llm_clf.predict(place / "runs" / "both", rows, out=place / "o.csv", set=["predict.batch_tokens=5"])
-    with pytest.raises(ConfigError, match="is no language model and writes no answers"):
+    with pytest.raises(ConfigError, match="writes no answers: it is no language model"):
         llm_clf.predict(place / "runs" / "both", rows, out=place / "o.csv", decode="generate")
     with pytest.raises(ConfigError, match="is no language model, so there is nobody to talk to"):
         llm_clf.chat(place / "runs" / "both", once="hello")

@@ -344,12 +344,15 @@ def test_the_best_trial_becomes_the_run(folder: Path, whole: Path, base: Path, t
     assert {place.name for place in whole.iterdir()} == {
         "adapter",
         "config.yaml",
+        "decisions.json",
         "log",
         "metrics.json",
         "predictions-valid.parquet",
         "run.json",
+        "scores-valid.npy",
         "sweep",
         "task.yaml",
+        "trained-rows.npy",
     }
     assert {place.name for place in (whole / "sweep").iterdir()} == {"study.db", "sweep.yaml", "trials.csv"}
     assert not partial_name(whole).exists()
