@@ -175,7 +175,7 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
     if start not in STARTS_BESIDE_THE_BASE:
         yield f"init_lora_weights {start!r}: it was trained beside a changed base. {MERGE_INSTEAD}"
     if config.get("task_type") == SEQ_CLS:
-        yield f"task_type {SEQ_CLS}: its head is that of ChatGLM's own code. Fine-tune anew, with model.head linear."
+        yield f"task_type {SEQ_CLS!r}: its head is that of ChatGLM's own code. Fine-tune anew, with model.head linear."
     elif config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         yield f"task_type {config['task_type']!r}: expected CAUSAL_LM. {MERGE_INSTEAD}"
     for key in ("lora_alpha", "r", "lora_dropout"):
