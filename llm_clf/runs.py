@@ -42,10 +42,20 @@ class Kind:
     """The file in the run folder that holds what was learned."""
     entries: tuple[str, ...]
     """Entries that run.json must have; the last one tells the hash of that file."""
+    reads_instruction: bool = False
+    """Whether it was trained on the task's instruction, beside the input."""
+    chooses_by_validation: bool = False
+    """Whether training keeps what is best on the validation rows, so that it is flattered there."""
 
 
 KINDS = {
-    LORA: Kind("finetune", f"{ADAPTER}/{ADAPTER_WEIGHTS}", ("base", "adapter")),
+    LORA: Kind(
+        "finetune",
+        f"{ADAPTER}/{ADAPTER_WEIGHTS}",
+        ("base", "adapter"),
+        reads_instruction=True,
+        chooses_by_validation=True,
+    ),
     TFIDF: Kind("baseline tfidf", "model.skops", ("model",)),
     ENSEMBLE: Kind("ensemble", "ensemble.json", ("ensemble",)),
 }
