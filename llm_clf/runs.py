@@ -53,12 +53,28 @@ class Kind:
     """Entries that run.json must have; the last one tells the hash of that file."""
     settings: type[Tree] = Settings
     """What config.yaml holds."""
+    reads_instruction: bool = False
+    """Whether it was trained on the task's instruction, beside the input."""
+    chooses_by_validation: bool = False
+    """Whether training keeps what is best on the validation rows, so that it is flattered there."""
 
 
 KINDS = {
-    LORA: Kind("finetune", f"{ADAPTER}/{ADAPTER_WEIGHTS}", ("base", "adapter")),
+    LORA: Kind(
+        "finetune",
+        f"{ADAPTER}/{ADAPTER_WEIGHTS}",
+        ("base", "adapter"),
+        reads_instruction=True,
+        chooses_by_validation=True,
+    ),
     TFIDF: Kind("baseline tfidf", "model.skops", ("model",)),
-    ENCODER: Kind("baseline encoder", f"encoder/{ENCODER_WEIGHTS}", ("base", "encoder"), EncoderSettings),
+    ENCODER: Kind(
+        "baseline encoder",
+        f"encoder/{ENCODER_WEIGHTS}",
+        ("base", "encoder"),
+        settings=EncoderSettings,
+        chooses_by_validation=True,
+    ),
     ENSEMBLE: Kind("ensemble", "ensemble.json", ("ensemble",)),
 }
 

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
 from llm_clf.evaluation.intervals import measure
 from llm_clf.files import file_hash, partial_name
 from llm_clf.prompting.prompts import Prompt
-from llm_clf.runs import count_trained_rows, save_trained_rows
+from llm_clf.runs import KINDS, count_trained_rows, save_trained_rows
 
 WORDS = {
     "0": ["steel", "star", "court", "bridge", "engine", "market"],
@@ -543,7 +544,7 @@ def test_another_instruction_matters_to_language_models_alone(
 ) -> None:
     other = with_task(place, "other", "Medical? 1 or 0", "Is it?")
     llm_clf.ensemble([place / "runs" / "good", other], data=place / "prompts", out=place / "asked")
-    monkeypatch.setattr("llm_clf.commands.ensemble.READS_INSTRUCTION", ("tfidf",))
+    monkeypatch.setitem(KINDS, "tfidf", replace(KINDS["tfidf"], reads_instruction=True))
     refused(ConfigError, "was trained on the instruction 'Is it.'; that of", [place / "runs" / "good", other])
 
 

@@ -48,7 +48,6 @@ from llm_clf.runs import (
     CHECKPOINTS,
     ENSEMBLE,
     KINDS,
-    LORA,
     METRICS,
     VALID_PREDICTIONS,
     Run,
@@ -70,10 +69,6 @@ from llm_clf.runs import (
 from llm_clf.sources import ensemble_members, member_source
 
 PACKAGES = ("llm-clf", "scikit-learn", "scipy", "numpy")
-# Kinds that read the instruction; the others read the input alone.
-READS_INSTRUCTION = (LORA,)
-# Kinds that choose by validation rows what they keep.
-CHOOSES_BY_VALIDATION = (LORA,)
 WAYS = {
     "mean": "The mean of probabilities, weights",
     "log-odds": "The mean of log-odds, weights",
@@ -191,7 +186,7 @@ def _require_fit(run: Run, task: Task, data: Path) -> None:
             f"{run.folder}: was trained on inputs of the form {run.task.input!r}; those of {data} are {task.input!r}. "
             "Give runs that read the same text."
         )
-    if run.kind in READS_INSTRUCTION and run.task.instruction != task.instruction:
+    if KINDS[run.kind].reads_instruction and run.task.instruction != task.instruction:
         raise ConfigError(
             f"{run.folder}: was trained on the instruction {run.task.instruction!r}; that of {data} is "
             f"{task.instruction!r}. Give a run that was asked the same."
@@ -341,6 +336,6 @@ def _show(inputs: _Inputs, chosen: Chosen, measured: Sequence[dict[str, Any]], t
     ]
     rows.append(["ensemble", combination.facts()["method"], "", *(figure_text(together, name) for name in SHOWN)])
     say(table(["validation rows", "kind", "weight", *SHOWN], rows))
-    flattered = [str(run.folder) for run in inputs.members if run.kind in CHOOSES_BY_VALIDATION]
+    flattered = [str(run.folder) for run in inputs.members if KINDS[run.kind].chooses_by_validation]
     if flattered:
         say(f"{', '.join(flattered)}: kept what was best on these rows, which flatters it here and not on test rows.")

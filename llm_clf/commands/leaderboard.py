@@ -23,7 +23,7 @@ from llm_clf.evaluation.tables import figure_text
 from llm_clf.files import partial_name, path_of, read_json, replacing, require_apart, write_json
 from llm_clf.prompting.prompts import Prompt, read_split
 from llm_clf.prompting.tasks import load_task
-from llm_clf.runs import LORA, Run, count_trained_rows, load_run, require_no_run
+from llm_clf.runs import KINDS, Run, count_trained_rows, load_run, require_no_run
 from llm_clf.sources import AnySource, EnsembleSource, LoraSource, run_source
 
 SPLITS = ("test", "valid")
@@ -227,8 +227,8 @@ def leaderboard_text(found: dict[str, Any]) -> str:
         seen = entry["rows_seen_in_training"]
         if seen:
             lines.append(f"Note: {entry['run']} learned from {seen:,} of these rows, which flatters it.")
-    if found["split"] == "valid" and any(entry["kind"] == LORA for entry in found["runs"]):
-        lines.append("Note: a LoRA run keeps what is best on validation rows, which flatters it here.")
+        if found["split"] == "valid" and KINDS[entry["kind"]].chooses_by_validation:
+            lines.append(f"Note: {entry['run']} kept what was best on validation rows, which flatters it here.")
     fitted = [entry["run"] for entry in found["runs"] if entry["decisions_fitted"]]
     if found["split"] == "valid" and fitted:
         lines.append(

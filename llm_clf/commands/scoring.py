@@ -1,5 +1,6 @@
 """Rows to the scores of their labels, resumable: by one model, or by the members of an ensemble one after the other."""
 
+import gc
 import hashlib
 import json
 import time
@@ -148,6 +149,8 @@ def score_members(
             say(f"{name}:")
             own = journal / f"member-{number}" if journal is not None else None
             parts.append(_score_alone(member, prompts, survey, journal=own, resume=resume))
+            # A model is a knot of objects that point at each other; the next one needs its memory.
+            gc.collect()
     finally:
         if journal is not None:
             # Where nothing was scored there is nothing to go on with.
