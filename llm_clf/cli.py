@@ -55,6 +55,13 @@ def build_prompts(
     split: Annotated[str, typer.Option(help="Shares of train, valid and test.")] = "0.8,0.1,0.1",
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 42,
     encoding: Encoding = "utf-8",
+    near_duplicates: Annotated[
+        str,
+        typer.Option(
+            metavar="warn|drop|ignore",
+            help="Rows that are nearly the same as one of another split: tell of them, or drop those to train on.",
+        ),
+    ] = "warn",
     overwrite: Overwrite = False,
 ) -> None:
     """Make prompts from rows: checked, without duplicates, split by label.
@@ -63,7 +70,16 @@ def build_prompts(
     """
     from llm_clf.commands import build_prompts as command
 
-    command.build_prompts(rows, task=task, out=out, split=split, seed=seed, encoding=encoding, overwrite=overwrite)
+    command.build_prompts(
+        rows,
+        task=task,
+        out=out,
+        split=split,
+        seed=seed,
+        encoding=encoding,
+        near_duplicates=near_duplicates,  # type: ignore[arg-type]
+        overwrite=overwrite,
+    )
 
 
 @app.command()

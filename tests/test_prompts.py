@@ -405,7 +405,7 @@ def test_the_report_says_what_was_read_kept_and_dropped(tmp_path: Path, capsys: 
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == report
     assert report["rows_read"] == 25
     assert report["rows_kept"] == 21
-    assert report["rows_dropped"] == {"duplicate": 2, "contradicting": 2}
+    assert report["rows_dropped"] == {"duplicate": 2, "contradicting": 2, "near_duplicate": 0}
     assert [sorted(group) for group in report["contradicting_ids"]] == [["c1", "c2"]]
     assert report["rows_unlabelled"] == 1
     assert (report["split"], report["seed"], report["sources"]) == ([0.5, 0.5, 0], 7, ["rows.csv"])
