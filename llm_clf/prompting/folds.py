@@ -32,7 +32,7 @@ def fold_rows(prompts: Sequence[Prompt], count: int, seed: int) -> list[list[int
         left = {prompt.label for row, prompt in enumerate(prompts) if row not in held_out}
         if not fold or len(left) < 2:
             raise ConfigError(
-                f"--folds {count}: the {len(prompts):,} training rows, {len(first):,} different texts, are too few: each "
-                "fold needs a row, and the others rows of two labels. Give fewer folds or more rows."
+                f"--folds {count}: the {len(prompts):,} training rows, {len(first):,} different texts, are too few: "
+                "each fold needs a row, and the others rows of two labels. Give fewer folds or more rows."
             )
     return folds
