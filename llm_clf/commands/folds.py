@@ -134,18 +134,15 @@ def _claim(folder: Path, count: int, settings: Settings, data: TrainingData, *, 
     from llm_clf.models.bases import base_identity, quiet_libraries
 
     quiet_libraries()
-    inputs = {
-        "settings": {**settings_to_dict(settings), "cross-validation": {"folds": count}},
-        "prompts": data.hashes,
-        "base": base_identity(settings.model.name),
-    }
+    base = base_identity(settings.model.name)
+    asked = {**settings_to_dict(settings), "cross-validation": {"folds": count}}
+    inputs = {"settings": asked, "prompts": data.hashes, "base": base}
     if resume and (folder / INPUTS).is_file():
         require_same_inputs(folder, inputs)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / FOLDS).mkdir(parents=True)
         write_json(folder / INPUTS, inputs)
-    base: dict[str, Any] = inputs["base"]
     return base
 
 
