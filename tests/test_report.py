@@ -26,9 +26,9 @@ from llm_clf.decisions.predictions import PredictionTable, read_predictions
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.evaluation import curves
 from llm_clf.evaluation.intervals import Judged
-from llm_clf.evaluation.learning import learning_curves
+from llm_clf.evaluation.learning import LearningCurves, learning_curves
 from llm_clf.evaluation.mistakes import surest_mistakes
-from llm_clf.evaluation.plots import PLOTS
+from llm_clf.evaluation.plots import PLOTS, draw_plots
 from llm_clf.evaluation.slices import slice_by_column, slice_by_length
 from llm_clf.evaluation.texts import read_predicted_rows
 from llm_clf.runs import Run
@@ -463,3 +463,11 @@ def test_rows_that_the_run_was_trained_on_are_told_of(tmp_path: Path) -> None:
         pages[split] = (tmp_path / split / "report.html").read_text(encoding="utf-8")
     assert "The run run was trained on 128 of these rows" in pages["train"]
     assert "of these rows" not in pages["test"] and "this run was not measured while it was trained" in pages["test"]
+
+
+def test_losses_close_together_are_labelled_in_plain_numbers() -> None:
+    evaluations = [{"step": step, "epoch": step / 2, "f1": 0.8, "log_loss": 0.5 - step / 20} for step in (1, 2, 3)]
+    learned = LearningCurves(evaluations, [(1, 0.9), (2, 0.5), (3, 0.4)], best_step=3)
+    plots = draw_plots(Judged(["0", "1"], np.array([0, 1]), np.array([0, 1]), None), learned, "")
+    drawn = next(plot.svg for plot in plots if plot.name == "learning")
+    assert drawn is not None and "mathdefault" not in drawn and ">0.4<" in drawn

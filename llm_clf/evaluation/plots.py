@@ -264,6 +264,8 @@ def _draw_strips(judged: Judged, figure: Any) -> str:
 
 
 def _draw_learning(learned: LearningCurves, figure: Any) -> str:
+    from matplotlib.ticker import LogFormatter
+
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [one["step"] for one in learned.evaluations]
     per_epoch = steps[-1] / learned.evaluations[-1]["epoch"]
@@ -280,6 +282,8 @@ def _draw_learning(learned: LearningCurves, figure: Any) -> str:
     below.plot(epochs, losses, marker="o", markersize=3.5, label="validation log-loss", color=SERIES[1])
     below.set(xlabel="epoch", ylabel="nats an answer", yscale="log")
     below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    # Between powers of ten there are labels where the axis is short; matplotlib's own are TeX, which an SVG shows as is.
+    below.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     below.legend(loc="upper right")
     kept = ""
     if learned.best_step is not None:
