@@ -282,7 +282,7 @@ def _draw_learning(learned: LearningCurves, figure: Any) -> str:
     below.plot(epochs, losses, marker="o", markersize=3.5, label="validation log-loss", color=SERIES[1])
     below.set(xlabel="epoch", ylabel="nats an answer", yscale="log")
     below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    # Between powers of ten there are labels where the axis is short; matplotlib's own are TeX, which an SVG shows as is.
+    # Between powers of ten there are labels where the axis is short; matplotlib's own are TeX, which an SVG would show.
     below.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     below.legend(loc="upper right")
     kept = ""
