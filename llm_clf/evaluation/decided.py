@@ -49,7 +49,7 @@ def measure_decisions(
 
 
 def _table(labels: Sequence[str], decided: Decided, gold: Sequence[str | None]) -> PredictionTable:
-    """Return decided rows as they are read from a predictions file."""
+    """Return decided rows as they are read from a Parquet file of predictions."""
     choices = zip(decided.choices, decided.answered, strict=True)
     return PredictionTable(
         labels=list(labels),
@@ -57,8 +57,7 @@ def _table(labels: Sequence[str], decided: Decided, gold: Sequence[str | None]) 
         predicted=[labels[choice] if answered else NO_LABEL for choice, answered in choices],
         status=[OK if answered else ABSTAINED for answered in decided.answered],
         gold=[label or NO_LABEL for label in gold],
-        # The shortest text that is the same fp32 number, as files have it.
-        probs=decided.probs.astype(str).astype(np.float64),
+        probs=decided.probs.astype(np.float64),
         sets=[[label for label, within in zip(labels, row, strict=True) if within] for row in decided.sets]
         if decided.sets is not None
         else None,
