@@ -49,7 +49,7 @@ def measure_decisions(
 
 
 def _table(labels: Sequence[str], decided: Decided, gold: Sequence[str | None]) -> PredictionTable:
-    """Return decided rows as they are read from a predictions file."""
+    """Return decided rows as they are read from a Parquet file of predictions."""
     choices = zip(decided.choices, decided.answered, strict=True)
     return PredictionTable(
         labels=list(labels),
