@@ -32,6 +32,8 @@ def test_wheel_carries_tasks_settings_and_the_base(wheel: Path) -> None:
         "prompts/medical_paper.yaml",
         "configs/glm-nano.yaml",
         "models/glm-nano/model.safetensors",
+        "evaluation/report.css",
+        "evaluation/report.js",
         "py.typed",
     ):
         assert f"llm_clf/{name}" in names

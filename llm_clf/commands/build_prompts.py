@@ -48,7 +48,7 @@ def build_prompts(
 ) -> dict[str, Any]:
     """Write `{train,valid,test}.jsonl`, `task.yaml` and `report.json` into the folder `out`; return the report.
 
-    Rows are read three times and never held all at once: memory grows by about 2 kB a row, and by 500 bytes where
+    Rows are read three times and never held all at once: memory grows by about 3 kB a row, and by 500 bytes where
     near-duplicates are ignored.
 
     Args:

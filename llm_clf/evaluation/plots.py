@@ -212,7 +212,7 @@ def _draw_risk(judged: Judged, figure: Any) -> str:
     axes.set_ylim(0, max(0.01, 1.08 * found.risk.max()))
     return (
         f"All rows answered: {found.risk[-1]:.1%} errors. With at most 1% errors "
-        f"{found.coverage_at(0.01):.1%} of the rows can be answered, the surest first, with at most 5% "
+        f"{found.coverage_at(0.01):.1%} of the rows can be answered, the surest first, with at most 5%: "
         f"{found.coverage_at(0.05):.1%}. A row without a label counts with its most probable one. Thresholds read off "
         "these rows look a little better here than on others."
     )
