@@ -515,9 +515,25 @@ def main() -> None:
     except SystemExit as leaving:
         # Typer turns Ctrl-C into this exit code, without a word.
         if leaving.code == INTERRUPTED:
-            goes_on = "; the same command with --resume goes on" if set(sys.argv) & RESUMABLE else ""
-            print(f"Interrupted{goes_on}.", file=sys.stderr)
+            _tell_of_interruption()
         raise
+    except Exception as error:
+        # A library that is interrupted half-way, in an import or a callback, may end with an error of its own.
+        if not _began_with_ctrl_c(error):
+            raise
+        _tell_of_interruption()
+        sys.exit(INTERRUPTED)
+
+
+def _tell_of_interruption() -> None:
+    goes_on = "; the same command with --resume goes on" if set(sys.argv) & RESUMABLE else ""
+    print(f"Interrupted{goes_on}.", file=sys.stderr)
+
+
+def _began_with_ctrl_c(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 if __name__ == "__main__":

@@ -104,3 +104,29 @@ def test_the_main_job_on_the_rows_that_ship(tmp_path: Path) -> None:
     assert len((tmp_path / "new.csv").read_text(encoding="utf-8").splitlines()) == 21
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert metrics["rows"] == 16 and metrics["status"] == {"ok": 16}
+
+
+def test_a_library_s_own_error_over_ctrl_c_is_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm_clf import cli
+
+    def broken_by_ctrl_c() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("half a module") from error
+
+    monkeypatch.setattr(cli, "app", broken_by_ctrl_c)
+    monkeypatch.setattr("sys.argv", ["llm-clf", "finetune"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err == "Interrupted; the same command with --resume goes on.\n"
+
+    def broken() -> None:
+        raise ImportError("half a module")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ImportError):
+        cli.main()

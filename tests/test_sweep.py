@@ -629,7 +629,7 @@ def test_ctrl_c_says_how_to_go_on_and_kills_at_random_moments_lose_nothing(
         started.send_signal(signal.SIGINT if number == 0 else signal.SIGKILL)
         told = started.communicate()[1]
         if number == 0:
-            assert started.returncode == 130 and "the same command with --resume goes on" in told
+            assert started.returncode == 130 and "the same command with --resume goes on" in told, told
     started = process(folder, run, base, "--resume")
     told = started.communicate()[1]
     assert started.returncode == 0, told
