@@ -59,6 +59,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         "evaluate",
         "compare",
         "leaderboard",
+        "verify",
         "ensemble",
         "chat",
         "doctor",
