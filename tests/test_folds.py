@@ -221,7 +221,12 @@ def test_a_killed_run_goes_on_with_the_fold_it_was_in(
         finetune(made, out, resume=True, folds=2)
     fits: list[Path] = []
     fit = finetune_module._fit
-    monkeypatch.setattr(finetune_module, "_fit", lambda *words: fits.append(words[2]) or fit(*words))
+
+    def noted(*words: Any) -> Any:
+        fits.append(words[2])
+        return fit(*words)
+
+    monkeypatch.setattr(finetune_module, "_fit", noted)
     finetune(made, out, resume=True)
     assert len(fits) == trained and not unfinished.exists()
     for file in ("predictions-folds.parquet", "predictions-valid.parquet", "ensemble.json", "metrics.json"):

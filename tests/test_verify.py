@@ -111,7 +111,8 @@ def test_the_rows_of_the_kept_checkpoint_are_found_again(tmp_path: Path) -> None
     evaluations = [{"step": 4 * n + 4, "epoch": n + 1.0, "f1": 0.5, "log_loss": 1 / 3 + n} for n in range(2)]
     again = json.loads(json.dumps(evaluations))
     for number, found in enumerate(probs):
-        assert np.array_equal(MeasuredRows(tmp_path).of(4 * number + 4, again), found)
+        kept = MeasuredRows(tmp_path).of(4 * number + 4, again)
+        assert kept is not None and np.array_equal(kept, found)
     assert MeasuredRows(tmp_path).of(None, []) is None and MeasuredRows(tmp_path).of(12, again) is None
 
 
@@ -218,9 +219,9 @@ def test_other_rows_are_refused(made: Path, run: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "other" / "valid.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other" / "valid.jsonl").write_text("".join(lines[:-1]))
     change_facts(run, data={"given": str(tmp_path / "other")})
-    for words in ({}, {"data": tmp_path / "other"}):
+    for data in (None, tmp_path / "other"):
         with pytest.raises(DataError, match=r"valid.jsonl: holds other rows than those that .*run was validated on"):
-            llm_clf.verify(run, **words)
+            llm_clf.verify(run, data=data)
 
 
 def test_a_run_without_validation_rows_has_nothing_to_be_verified_by(run: Path) -> None:
