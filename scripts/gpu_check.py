@@ -67,11 +67,12 @@ from llm_clf.config import (  # noqa: E402
     require_keys,
 )
 from llm_clf.console import table  # noqa: E402
+from llm_clf.engine.course import Progress  # noqa: E402
 from llm_clf.engine.label_words import LabelWords  # noqa: E402
 from llm_clf.engine.scoring import LabelScorer  # noqa: E402
 from llm_clf.engine.speed import speed_up  # noqa: E402
 from llm_clf.engine.tokens import TrainingExample  # noqa: E402
-from llm_clf.engine.training import Progress, train  # noqa: E402
+from llm_clf.engine.training import train  # noqa: E402
 from llm_clf.errors import ConfigError, LlmClfError  # noqa: E402
 from llm_clf.models.adapters import new_adapter  # noqa: E402
 from llm_clf.models.bases import quiet_libraries  # noqa: E402

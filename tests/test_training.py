@@ -12,17 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_clf.config import LoraSettings, SpeedSettings, TrainSettings, load_settings
+from llm_clf.engine.course import evaluation_steps, require_finite
 from llm_clf.engine.label_words import LabelWords
 from llm_clf.engine.lora import enable_fast_lora
 from llm_clf.engine.sampling import balanced_order
 from llm_clf.engine.tokens import TrainingExample
-from llm_clf.engine.training import (
-    _backward_of,
-    _evaluation_steps,
-    _require_finite,
-    _rows_of_step,
-    row_weights,
-)
+from llm_clf.engine.training import _backward_of, _rows_of_step, row_weights
 from llm_clf.errors import ConfigError, TrainingError
 from llm_clf.models.adapters import adapter_state, new_adapter, trainable
 
@@ -159,16 +154,16 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
 
 
 def test_evaluations_fall_at_epochs_and_at_the_end() -> None:
-    assert _evaluation_steps(10, 30, 1.0) == {10, 20, 30}
-    assert _evaluation_steps(10, 30, 0.5) == {5, 10, 15, 20, 25, 30}
-    assert _evaluation_steps(10, 30, 2.0) == {20, 30}
-    assert _evaluation_steps(1, 3, 0.1) == {1, 2, 3}
+    assert evaluation_steps(10, 30, 1.0) == {10, 20, 30}
+    assert evaluation_steps(10, 30, 0.5) == {5, 10, 15, 20, 25, 30}
+    assert evaluation_steps(10, 30, 2.0) == {20, 30}
+    assert evaluation_steps(1, 3, 0.1) == {1, 2, 3}
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
 def test_loss_that_is_no_number_stops_with_advice(loss: float, norm: float) -> None:
     with pytest.raises(TrainingError, match=r"Step 4: .* Lower train.learning_rate \(now 0.0002\)"):
-        _require_finite(loss, norm, 3, TrainSettings(), scaled=False)
+        require_finite(loss, norm, 3, TrainSettings(), scaled=False)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activations computed again"])

@@ -13,11 +13,10 @@ from accelerate import Accelerator
 from llm_clf.baselines.encoder_checkpoints import Checkpoints
 from llm_clf.baselines.encoder_model import FusionClassifier, losses, padded_tokens, plan_rows
 from llm_clf.config import EncoderTrainSettings
-from llm_clf.console import progress, say
+from llm_clf.console import progress
+from llm_clf.engine.course import MAX_GRAD_NORM, Evaluate, Progress, evaluate_step, evaluation_steps, require_finite
 from llm_clf.engine.fitting import TRIED, TokenBudget, Work
-from llm_clf.engine.training import LOWER_IS_BETTER, MAX_GRAD_NORM, Evaluate, Progress
 from llm_clf.engine.transfer import to_device
-from llm_clf.errors import ArtifactError, TrainingError
 
 # Steps whose rows are drawn together and sorted by length: little is padded, and each step still has rows by chance.
 SORTED_STEPS = 50
@@ -94,7 +93,7 @@ def train(
             batch = [rows[number] for number in steps[state.step % per_epoch]]
             loss = budget.fit(work, batch)
             norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            _require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
+            require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -106,7 +105,9 @@ def train(
             advance(1, f"loss {loss:.4f}")
 
             if state.step in due and evaluate:
-                _evaluate(model, evaluate, state, settings, per_epoch, checkpoints, accelerator)
+                evaluate_step(
+                    model, evaluate, state, settings, per_epoch, lambda: checkpoints.keep_best(state), accelerator
+                )
             if state.step in due or state.step == total or checkpoints.due:
                 checkpoints.write(state)
     checkpoints.load_best(state)
@@ -129,13 +130,6 @@ def steps_of_epoch(lengths: Sequence[int], batch_size: int, seed: int) -> list[l
         drawn = sorted(order[start : start + SORTED_STEPS * batch_size], key=lambda row: lengths[row])
         steps += [drawn[first : first + batch_size] for first in range(0, len(drawn), batch_size)]
     return [steps[number] for number in torch.randperm(len(steps), generator=draw).tolist()]
-
-
-def evaluation_steps(per_epoch: int, total: int, every: float) -> set[int]:
-    """Return the steps after which the model is evaluated: every so many epochs, and at the end."""
-    every = max(every, 1 / per_epoch)
-    count = math.floor(total / (per_epoch * every) + 1e-9)
-    return {max(1, round(per_epoch * every * number)) for number in range(1, count + 1)} | {total}
 
 
 def _prepare(
@@ -184,53 +178,3 @@ def weighted_loss(model: FusionClassifier, batch: Sequence[LabelledRow]) -> torc
     targets = to_device([row.label for row in batch], logits.device)
     weights = to_device([row.weight for row in batch], logits.device)
     return (losses(logits, targets) * weights).sum()
-
-
-def _require_finite(loss: float, norm: Any, step: int, settings: EncoderTrainSettings, *, scaled: bool) -> None:
-    # With loss scaling an overflowing gradient is no fault: the step is skipped and the scale halved.
-    if math.isfinite(loss) and (scaled or norm is None or math.isfinite(float(norm))):
-        return
-    what = "loss" if not math.isfinite(loss) else "gradient"
-    raise TrainingError(
-        f"Step {step + 1}: the {what} is not a number. Nothing was changed by this step. Lower train.learning_rate "
-        f"(now {settings.learning_rate:g}), raise train.warmup, or compute in another model.dtype (bf16 or fp32)."
-    )
-
-
-def _evaluate(
-    model: FusionClassifier,
-    evaluate: Evaluate,
-    state: Progress,
-    settings: EncoderTrainSettings,
-    per_epoch: int,
-    checkpoints: Checkpoints,
-    accelerator: Accelerator,
-) -> None:
-    """Measure the model on the validation rows; keep its weights where it is the best so far."""
-    model.eval()
-    try:
-        metrics = evaluate()
-    except ArtifactError as error:
-        raise TrainingError(
-            f"Step {state.step}: {error} If it was sound until here, lower train.learning_rate "
-            f"(now {settings.learning_rate:g})."
-        ) from error
-    model.train()
-    state.evaluations.append({"step": state.step, "epoch": round(state.step / per_epoch, 4), **metrics})
-    accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=state.step)
-    sign = -1.0 if settings.metric in LOWER_IS_BETTER else 1.0
-    value = (sign * metrics[settings.metric], -metrics["log_loss"])
-    better = state.best is None or value > tuple(state.best)
-    say(
-        f"epoch {state.step / per_epoch:.2f}: "
-        + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "precision", "recall", "f1", "log_loss"))
-        + (" (best)" if better else "")
-    )
-    if better:
-        state.best, state.best_step, state.since_best = value, state.step, 0
-        checkpoints.keep_best(state)
-        return
-    state.since_best += 1
-    state.stopped_early = bool(settings.patience) and state.since_best >= settings.patience
-    if state.stopped_early:
-        say(f"Stopped early: {state.since_best} evaluations without a better {settings.metric}.")

@@ -1,24 +1,26 @@
 """An encoder's training on disk: all that it needs to go on after a kill, and the weights of its best evaluation."""
 
-import pickle
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from llm_clf.console import say
-from llm_clf.engine.training import CHECKPOINT_SECONDS, Progress
-from llm_clf.errors import ArtifactError
-from llm_clf.files import cannot_write, read_json, replace_folder, write_json
+from llm_clf.engine.course import (
+    CHECKPOINT_SECONDS,
+    PROGRESS,
+    Progress,
+    checkpoints_in,
+    reading_checkpoint,
+    writing_checkpoint,
+)
+from llm_clf.files import read_json, replace_folder, write_json
 
-WEIGHTS, PROGRESS = "weights.safetensors", "progress.json"
+WEIGHTS = "weights.safetensors"
 # A large encoder's checkpoint is gigabytes with the optimiser's state: writing takes no more than this share of time.
 SHARE = 0.05
 
@@ -42,12 +44,11 @@ class Checkpoints:
         Raises:
             ArtifactError: It is damaged.
         """
-        # A kill between the two renames of replace_folder leaves the former checkpoint under its other name.
-        places = [self._folder / "last", self._folder / ".last.old"]
-        place = next((place for place in places if (place / PROGRESS).is_file()), None)
-        if place is None:
+        places = checkpoints_in(self._folder)
+        if not places:
             return Progress()
-        with self._reading():
+        place = places[0]
+        with reading_checkpoint(self._folder):
             state = Progress(**read_json(place / PROGRESS))
             load_model(self._model, place / WEIGHTS)
             self._accelerator.load_state(str(place))
@@ -68,7 +69,7 @@ class Checkpoints:
         started = time.monotonic()
         unfinished = self._folder / "last.writing"
         shutil.rmtree(unfinished, ignore_errors=True)
-        with self._writing():
+        with writing_checkpoint(self._folder):
             self._accelerator.save_state(str(unfinished))
             save_model(self._model, str(unfinished / WEIGHTS))
         write_json(unfinished / PROGRESS, asdict(state))
@@ -85,7 +86,7 @@ class Checkpoints:
         Raises:
             DataError: The folder cannot be written, or the disk is full.
         """
-        with self._writing():
+        with writing_checkpoint(self._folder):
             save_model(self._model, str(self._best(state)))
 
     def load_best(self, state: Progress) -> None:
@@ -95,35 +96,8 @@ class Checkpoints:
             ArtifactError: They are damaged.
         """
         if state.best_step is not None:
-            with self._reading():
+            with reading_checkpoint(self._folder):
                 load_model(self._model, self._best(state))
 
     def _best(self, state: Progress) -> Path:
         return self._folder / f"best-{state.best_step}.safetensors"
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn what torch and safetensors raise where the disk is full into one error."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise cannot_write(self._folder, error, "Then --resume goes on from the last checkpoint.") from error
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turn what torch and safetensors raise over damaged files into one error."""
-        try:
-            yield
-        except (
-            OSError,
-            RuntimeError,
-            LookupError,
-            TypeError,
-            ValueError,
-            SafetensorError,
-            pickle.PickleError,
-        ) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(
-                f"{self._folder}: the checkpoint is damaged: {reason}. Give --overwrite to start the training anew."
-            ) from error

@@ -134,7 +134,7 @@ def _check_settings(settings: EncoderSettings, data: TrainingData) -> None:
 
 def _drop_fruitless(unfinished: Path) -> None:
     """Remove an unfinished run in which nothing was learned yet: there is nothing to go on with."""
-    from llm_clf.engine.training import has_checkpoint
+    from llm_clf.engine.course import has_checkpoint
 
     if not is_run(unfinished) and not has_checkpoint(unfinished / CHECKPOINTS):
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -306,7 +306,7 @@ def _finish(unfinished: Path, place: Path) -> dict[str, Any]:
 
 def _drop_fruitless(unfinished: Path) -> None:
     """Remove an unfinished run in which nothing was learned yet: there is nothing to go on with."""
-    from llm_clf.engine.training import has_checkpoint
+    from llm_clf.engine.course import has_checkpoint
 
     places = [unfinished, *trial_folders(unfinished), *fold_folders(unfinished)]
     if not any(is_run(place) or has_checkpoint(place / CHECKPOINTS) for place in places):

@@ -64,7 +64,7 @@ def run_sweep(
         TrainingError: All trials failed.
         LlmClfError: Something is wrong that another trial would not mend.
     """
-    from llm_clf.engine.training import LOWER_IS_BETTER
+    from llm_clf.engine.course import LOWER_IS_BETTER
     from llm_clf.sweeping.trials import open_trials
 
     metric = settings.train.metric

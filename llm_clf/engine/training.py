@@ -1,60 +1,45 @@
 """The LoRA training loop: answer-only loss, evaluation, best checkpoint, and a state that survives a kill."""
 
 import math
-import pickle
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llm_clf.config import SpeedSettings, TrainSettings
 from llm_clf.console import progress, say
 from llm_clf.engine.batches import plan_batches, plan_packed
+from llm_clf.engine.course import (
+    CHECKPOINT_SECONDS,
+    MAX_GRAD_NORM,
+    PROGRESS,
+    Evaluate,
+    Progress,
+    checkpoints_in,
+    evaluate_step,
+    evaluation_steps,
+    reading_checkpoint,
+    require_finite,
+    writing_checkpoint,
+)
 from llm_clf.engine.fitting import TRIED, TokenBudget, Work
 from llm_clf.engine.heads import Head
 from llm_clf.engine.packing import common_beginning, without_adapter_dropout
 from llm_clf.engine.sampling import balanced_order, shuffled_order
 from llm_clf.engine.speed import speed_up
 from llm_clf.engine.tokens import TrainingExample
-from llm_clf.errors import ArtifactError, TrainingError
-from llm_clf.files import cannot_write, read_json, replace_folder, write_json
+from llm_clf.files import read_json, replace_folder, write_json
 from llm_clf.models.adapters import adapter_state, load_adapter_state, trainable
 
-MAX_GRAD_NORM = 1.0
-CHECKPOINT_SECONDS = 60.0
-LOWER_IS_BETTER = frozenset({"log_loss"})
-
-Evaluate = Callable[[], dict[str, float]]
 Watch = Callable[[int, dict[str, float]], None]
-
-
-@dataclass
-class Progress:
-    """Where training stands; written with every checkpoint."""
-
-    step: int = 0
-    best_step: int | None = None
-    best: tuple[float, float] | None = None
-    """The kept checkpoint's metric (higher is better) and, to settle ties, its negative log-loss."""
-    since_best: int = 0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    """Time spent in training steps."""
-    rows: int = 0
-    """Rows trained on, each epoch counted."""
-    tokens: int = 0
-    """Real tokens read in training steps."""
-    stopped_early: bool = False
 
 
 def train(
@@ -100,7 +85,7 @@ def train(
     total = per_epoch * settings.epochs
     optimizer, schedule = _prepare(model, settings, total, accelerator)
     state = _restore(folder, model, accelerator)
-    due = _evaluation_steps(per_epoch, total, settings.eval_every) if evaluate else set()
+    due = evaluation_steps(per_epoch, total, settings.eval_every) if evaluate else set()
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     gradients = _backward_of(model, head, examples, speed, pad_id, accelerator)
@@ -111,6 +96,10 @@ def train(
             # First, so that a training that goes on makes none of the former steps again with another budget.
             _checkpoint(folder, model, state, accelerator)
         found(tokens)
+
+    def keep_best() -> None:
+        with writing_checkpoint(folder):
+            save_file(adapter_state(model), folder / f"best-{state.best_step}.safetensors")
 
     budget = TokenBudget(int(settings.micro_batch_tokens), accelerator.device, shrunk)
     if accelerator.device.type in TRIED and state.step == 0:
@@ -127,7 +116,7 @@ def train(
             batch = [examples[row] for row in rows]
             loss = budget.fit(gradients, batch)
             norm = accelerator.clip_grad_norm_(trainable(model), MAX_GRAD_NORM)
-            _require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
+            require_finite(loss, norm, state.step, settings, scaled=accelerator.scaler is not None)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -140,14 +129,14 @@ def train(
 
             evaluated = state.step in due
             if evaluated and evaluate:
-                _evaluate(model, evaluate, state, settings, per_epoch, folder, accelerator)
+                evaluate_step(model, evaluate, state, settings, per_epoch, keep_best, accelerator)
                 if watch:
                     watch(len(state.evaluations), state.evaluations[-1])
             if evaluated or state.step == total or time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 _checkpoint(folder, model, state, accelerator)
                 saved = time.monotonic()
     if state.best_step is not None:
-        with _reading(folder):
+        with reading_checkpoint(folder):
             load_adapter_state(model, load_file(folder / f"best-{state.best_step}.safetensors"))
     model.eval()
     return state
@@ -257,71 +246,14 @@ def _labels_to_balance(examples: Sequence[TrainingExample]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(tuple(example.answer), len(numbers)) for example in examples)
 
 
-def _evaluation_steps(per_epoch: int, total: int, every: float) -> set[int]:
-    every = max(every, 1 / per_epoch)
-    count = math.floor(total / (per_epoch * every) + 1e-9)
-    return {max(1, round(per_epoch * every * number)) for number in range(1, count + 1)} | {total}
-
-
-def _require_finite(loss: float, norm: Any, step: int, settings: TrainSettings, *, scaled: bool) -> None:
-    # With loss scaling an overflowing gradient is no fault: the step is skipped and the scale halved.
-    if math.isfinite(loss) and (scaled or norm is None or math.isfinite(float(norm))):
-        return
-    what = "loss" if not math.isfinite(loss) else "gradient"
-    raise TrainingError(
-        f"Step {step + 1}: the {what} is not a number. Nothing was changed by this step. Lower train.learning_rate "
-        f"(now {settings.learning_rate:g}), raise train.warmup, or compute in another model.dtype (bf16 or fp32)."
-    )
-
-
-def _evaluate(
-    model: Any,
-    evaluate: Evaluate,
-    state: Progress,
-    settings: TrainSettings,
-    per_epoch: int,
-    folder: Path,
-    accelerator: Accelerator,
-) -> None:
-    """Measure the model on the validation rows; keep its adapter where it is the best so far."""
-    model.eval()
-    try:
-        metrics = evaluate()
-    except ArtifactError as error:
-        raise TrainingError(
-            f"Step {state.step}: {error} If it was sound until here, lower train.learning_rate "
-            f"(now {settings.learning_rate:g})."
-        ) from error
-    model.train()
-    state.evaluations.append({"step": state.step, "epoch": round(state.step / per_epoch, 4), **metrics})
-    accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=state.step)
-    sign = -1.0 if settings.metric in LOWER_IS_BETTER else 1.0
-    value = (sign * metrics[settings.metric], -metrics["log_loss"])
-    better = state.best is None or value > tuple(state.best)
-    say(
-        f"epoch {state.step / per_epoch:.2f}: "
-        + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "precision", "recall", "f1", "log_loss"))
-        + (" (best)" if better else "")
-    )
-    if better:
-        with _writing(folder):
-            save_file(adapter_state(model), folder / f"best-{state.step}.safetensors")
-        state.best, state.best_step, state.since_best = value, state.step, 0
-    else:
-        state.since_best += 1
-        state.stopped_early = bool(settings.patience) and state.since_best >= settings.patience
-        if state.stopped_early:
-            say(f"Stopped early: {state.since_best} evaluations without a better {settings.metric}.")
-
-
 def _checkpoint(folder: Path, model: Any, state: Progress, accelerator: Accelerator) -> None:
     """Write all that training needs to go on; the former checkpoint stays until the new one is whole."""
     unfinished = folder / "last.writing"
     shutil.rmtree(unfinished, ignore_errors=True)
-    with _writing(folder):
+    with writing_checkpoint(folder):
         accelerator.save_state(str(unfinished))
         save_file(adapter_state(model), unfinished / "adapter.safetensors")
-    write_json(unfinished / "progress.json", asdict(state))
+    write_json(unfinished / PROGRESS, asdict(state))
     replace_folder(unfinished, folder / "last")
     for stale in folder.glob("best-*.safetensors"):
         if stale.name != f"best-{state.best_step}.safetensors":
@@ -330,51 +262,12 @@ def _checkpoint(folder: Path, model: Any, state: Progress, accelerator: Accelera
 
 def _restore(folder: Path, model: Any, accelerator: Accelerator) -> Progress:
     """Return where training stood at the last checkpoint, with model, optimiser and random state as they were."""
-    places = _checkpoints(folder)
+    places = checkpoints_in(folder)
     if not places:
         return Progress()
-    with _reading(places[0]):
-        state = Progress(**read_json(places[0] / "progress.json"))
+    with reading_checkpoint(places[0]):
+        state = Progress(**read_json(places[0] / PROGRESS))
         load_adapter_state(model, load_file(places[0] / "adapter.safetensors"))
         accelerator.load_state(str(places[0]))
     say(f"Going on from step {state.step}.")
     return state
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a training that was interrupted can go on from here."""
-    return bool(_checkpoints(folder))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    # A kill between the two renames of replace_folder leaves the former checkpoint under its other name.
-    return [place for place in (folder / "last", folder / ".last.old") if (place / "progress.json").is_file()]
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn what torch and safetensors raise where the disk is full into one error."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise cannot_write(folder, error, "Then --resume goes on from the last checkpoint.") from error
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turn what torch and safetensors raise over damaged files into one error."""
-    try:
-        yield
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(
-            f"{folder}: the checkpoint is damaged: {reason}. Give --overwrite to start the training anew."
-        ) from error
