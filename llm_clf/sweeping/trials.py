@@ -182,7 +182,7 @@ class Trials:
         """Return settings that no trial had: guided by the former trials where there are enough of them."""
         tried = [frozen.params for frozen in made]
         for attempt in itertools.count():
-            seed = int(np.random.SeedSequence([self._sweep.seed, len(made), attempt]).generate_state(1)[0])
+            seed = int(np.random.SeedSequence(self._sweep.seed, spawn_key=(len(made), attempt)).generate_state(1)[0])
             blind = self._sweep.trials if attempt >= GUIDED_DRAWS else self._sweep.startup_trials
             # A sampler of its own for each draw, on a copy of the history: its state is never needed again.
             sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=blind)
