@@ -193,8 +193,8 @@ def test_packed_step_equals_the_definition(shared: int, dropout: float, checkpoi
             assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj"], "all-linear"])
-def test_shared_tokens_without_an_adapter_on_keys_and_values(targets: Any) -> None:
+@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj"], ["embed_tokens", "v_proj"], "all-linear"])
+def test_shared_tokens_with_adapters_on_some_layers_only(targets: Any) -> None:
     def step(speed: SpeedSettings) -> list[torch.Tensor]:
         settings = LoraSettings(dropout=0.0, target_modules=targets)
         model = new_adapter(tiny_model("glm").requires_grad_(False), settings, seed=1)
