@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -280,6 +280,10 @@ class Tree(Section):
         """A section with nothing under it (`train:`) means its defaults."""
         return {} if value is None else value
 
+    def having(self, section: str, **found: Any) -> Self:
+        """Return the settings with what was found out for keys of a section."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=found)})
+
 
 class Settings(Tree):
     """All settings of a run."""
@@ -294,7 +298,7 @@ class Settings(Tree):
 
     def merging(self, merge: bool) -> "Settings":
         """Return the settings with `predict.merge` decided."""
-        return self.model_copy(update={"predict": self.predict.model_copy(update={"merge": merge})})
+        return self.having("predict", merge=merge)
 
 
 class EncoderModelSettings(Section):
@@ -369,10 +373,6 @@ class EncoderSettings(Tree):
     train: EncoderTrainSettings = EncoderTrainSettings()
     predict: EncoderPredictSettings = EncoderPredictSettings()
     decide: DecideSettings = DecideSettings()
-
-    def having(self, section: str, **found: Any) -> "EncoderSettings":
-        """Return the settings with what was found out for keys of a section."""
-        return self.model_copy(update={section: getattr(self, section).model_copy(update=found)})
 
 
 SomeTree = TypeVar("SomeTree", bound=Tree)

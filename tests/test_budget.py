@@ -68,7 +68,7 @@ def test_finetune_stops_before_loading(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("llm_clf.commands.finetune._fit", loaded)
+    monkeypatch.setattr("llm_clf.commands.lora_training._fit", loaded)
     monkeypatch.setattr("llm_clf.models.budget.free_memory", lambda device: 10**6)
     with pytest.raises(ConfigError, match="would not fit"):
         finetune(prompts, out=tmp_path / "run", model=str(base))

@@ -14,8 +14,8 @@ from conftest import SHORT_TASK
 
 import llm_clf
 from llm_clf.baselines.ensemble import equal_weights
-from llm_clf.commands import finetune as finetune_module
 from llm_clf.commands import folds as folds_module
+from llm_clf.commands import lora_training
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.errors import ConfigError
 from llm_clf.files import partial_name
@@ -200,7 +200,7 @@ def kill_in(name: str, number: int, place: Any, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("place", "name", "number", "trained"),
-    [(finetune_module, "_fit", 2, 2), (folds_module, "score_rows", 2, 1), (folds_module, "score_members", 1, 0)],
+    [(lora_training, "_fit", 2, 2), (folds_module, "score_rows", 2, 1), (folds_module, "score_members", 1, 0)],
     ids=["second training", "second scoring", "validation rows"],
 )
 def test_a_killed_run_goes_on_with_the_fold_it_was_in(
@@ -220,13 +220,13 @@ def test_a_killed_run_goes_on_with_the_fold_it_was_in(
     with pytest.raises(ConfigError, match=r"cross-validation.folds \(then 3, now 2\)"):
         finetune(made, out, resume=True, folds=2)
     fits: list[Path] = []
-    fit = finetune_module._fit
+    fit = lora_training._fit
 
     def noted(*words: Any) -> Any:
         fits.append(words[2])
         return fit(*words)
 
-    monkeypatch.setattr(finetune_module, "_fit", noted)
+    monkeypatch.setattr(lora_training, "_fit", noted)
     finetune(made, out, resume=True)
     assert len(fits) == trained and not unfinished.exists()
     for file in ("predictions-folds.parquet", "predictions-valid.parquet", "ensemble.json", "metrics.json"):

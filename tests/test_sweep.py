@@ -422,7 +422,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *
         ("llm_clf.sweeping.trials.Trials", "report", 3, True),
         ("llm_clf.sweeping.trials.Trials", "complete", 2, False),
         ("llm_clf.sweeping.trials.Trials", "prune", 1, True),
-        ("llm_clf.commands.finetune", "score_validation", 2, False),
+        ("llm_clf.commands.lora_training", "score_validation", 2, False),
         ("llm_clf.commands.sweep", "save_facts", 1, False),
         ("llm_clf.commands.sweep", "save_facts", 1, True),
     ],

@@ -11,7 +11,7 @@ import yaml
 from conftest import SHORT_TASK, byte_tokenizer, tied_base
 
 import llm_clf
-from llm_clf.commands import finetune as finetune_module
+from llm_clf.commands import lora_training, training_run
 from llm_clf.config import ModelSettings, Settings, load_settings
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.engine import classifier as classifier_module
@@ -414,11 +414,11 @@ def kill(*_: Any, **__: Any) -> None:
 
 
 KILLS = {
-    "before the rows are scored": (finetune_module, "score_validation"),
+    "before the rows are scored": (lora_training, "score_validation"),
     "between the two ways": (classifier_module, "merge_adapter"),
-    "before the choice is recorded": (finetune_module, "asdict"),
-    "before run.json": (finetune_module, "save_facts"),
-    "before the run has its name": (finetune_module, "replace_folder"),
+    "before the choice is recorded": (lora_training, "asdict"),
+    "before run.json": (lora_training, "save_facts"),
+    "before the run has its name": (training_run, "replace_folder"),
 }
 
 

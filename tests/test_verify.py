@@ -15,7 +15,7 @@ from conftest import CHAT_TEMPLATE, SHORT_TASK
 from typer.testing import CliRunner
 
 import llm_clf
-from llm_clf.commands import finetune as finetune_module
+from llm_clf.commands import lora_training
 from llm_clf.commands.parity import MeasuredRows
 from llm_clf.decisions.predictions import PredictionTable
 from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
@@ -182,7 +182,7 @@ def test_a_training_that_goes_on_after_its_last_step_still_ends_with_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(finetune_module, "score_validation", kill)
+        patched.setattr(lora_training, "score_validation", kill)
         llm_clf.finetune(made / "prompts", **words)
     llm_clf.finetune(made / "prompts", resume=True, **words)
     assert facts_of(tmp_path / "run")["verified"] == facts_of(made / "runs" / "run")["verified"]
