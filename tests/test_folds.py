@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHORT_TASK
+from conftest import word_prompts
 
 import llm_clf
 from llm_clf.baselines.ensemble import equal_weights
@@ -25,7 +25,6 @@ from llm_clf.prompting.tasks import load_task
 from llm_clf.runs import count_trained_rows
 
 FAST = ["train.epochs=1", "train.batch_size=8", "train.learning_rate=0.004", "model.dtype=fp32"]
-WORDS = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
 
 
 def rows_of(*labels: str) -> list[Prompt]:
@@ -75,13 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Path
     """Make prompts and a run of three folds, once."""
     folder = tmp_path_factory.mktemp("folds")
     shutil.copytree(make_base("glm"), folder / "base")
-    (folder / "task.yaml").write_text(SHORT_TASK, encoding="utf-8")
-    with open(folder / "rows.csv", "w", encoding="utf-8") as lines:
-        lines.write("uuid,title,abstract,label\n")
-        for number in range(40):
-            word = WORDS[str(number % 2)][number // 2 % 4]
-            lines.write(f"r{number},{word},{(word + ' ') * (number % 5 + 1)}{number},{number % 2}\n")
-    llm_clf.build_prompts([folder / "rows.csv"], task=folder / "task.yaml", out=folder / "prompts", split="0.6,0.2,0.2")
+    word_prompts(folder, rows=40, lengths=5, split="0.6,0.2,0.2")
     finetune(folder, folder / "run")
     return folder
 
