@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from llm_clf import finetune
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.errors import ConfigError
 from llm_clf.models.budget import SHARE, Plan, RowLengths, Shapes, plan_training, require_fit
 from llm_clf.models.memory import AdapterShape, BaseShape

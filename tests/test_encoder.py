@@ -30,7 +30,8 @@ from llm_clf.baselines.encoder_model import (
     row_tokenizer,
 )
 from llm_clf.baselines.encoder_tokens import RowTokenizer
-from llm_clf.config import EncoderHeadSettings, EncoderSettings, load_tree
+from llm_clf.config import EncoderHeadSettings, EncoderSettings
+from llm_clf.config_loading import load_tree
 from llm_clf.engine.scores import Scored
 from llm_clf.errors import ArtifactError, ConfigError, DataError, LabelError, LlmClfError, TrainingError
 from llm_clf.files import file_hash, partial_name

@@ -20,7 +20,8 @@ from conftest import SHORT_TASK
 
 import llm_clf
 from llm_clf.commands import sweep as command
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.engine import training
 from llm_clf.errors import ConfigError, DataError, TrainingError
 from llm_clf.files import partial_name

@@ -12,7 +12,8 @@ from conftest import byte_tokenizer, tied_base, trainer, word_prompts
 
 import llm_clf
 from llm_clf.commands import lora_training, training_run
-from llm_clf.config import ModelSettings, Settings, load_settings
+from llm_clf.config import ModelSettings, Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.engine import classifier as classifier_module
 from llm_clf.engine.classifier import Classifier

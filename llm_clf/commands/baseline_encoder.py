@@ -10,7 +10,8 @@ from llm_clf.commands.parity import MeasuredRows, check_against_training, scored
 from llm_clf.commands.training_run import claim, completing, measure, record, training_facts, unfinished_run
 from llm_clf.commands.training_settings import require_fitting, resolve_settings
 from llm_clf.commands.validation import decide_validation, score_all
-from llm_clf.config import EncoderSettings, load_tree, settings_to_dict
+from llm_clf.config import EncoderSettings, settings_to_dict
+from llm_clf.config_loading import load_tree
 from llm_clf.console import say
 from llm_clf.decisions.fitting import require_decidable
 from llm_clf.errors import ConfigError

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from llm_clf.commands.parity import MeasuredRows, check_against_training, prompt_digest, scored_with
 from llm_clf.commands.training_run import claim, measure, record, training_facts
 from llm_clf.commands.validation import decide_validation, score_validation
-from llm_clf.config import Settings, load_settings, settings_to_dict
+from llm_clf.config import Settings, settings_to_dict
+from llm_clf.config_loading import load_settings
 from llm_clf.console import say
 from llm_clf.files import file_hash
 from llm_clf.prompting.training_data import TrainingData

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llm_clf.commands.parity import MeasuredRows
-from llm_clf.config import Tree, load_tree, settings_to_dict
+from llm_clf.config import Tree, settings_to_dict
+from llm_clf.config_loading import load_tree
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.errors import ConfigError, LlmClfError
 from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from llm_clf.config import DEFAULT_BASE, EncoderSettings, EncoderTrainSettings, Settings, TrainSettings, load_tree
+from llm_clf.config import DEFAULT_BASE, EncoderSettings, EncoderTrainSettings, Settings, TrainSettings
+from llm_clf.config_loading import load_tree
 from llm_clf.errors import ConfigError
 from llm_clf.files import path_of
 from llm_clf.prompting.training_data import TrainingData
