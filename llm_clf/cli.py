@@ -31,9 +31,12 @@ Rows = Annotated[
     list[Path],
     typer.Argument(help="CSV, TSV, JSONL, JSON or Parquet (also .gz), or prompts files; - is standard input."),
 ]
+Prompts = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")]
+RunPlace = Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs of one task, of any kind.")]
 Encoding = Annotated[str, typer.Option(help="Encoding of text files, such as gb18030.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings.")]
 Set = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="One setting, such as lora.r=16; may be repeated.")
 ]
@@ -84,12 +87,12 @@ def build_prompts(
 
 @app.command()
 def finetune(
-    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
-    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    data: Prompts,
+    out: RunPlace,
     model: Annotated[
         str | None, typer.Option(metavar="BASE", help="glm-nano (the default), a model folder, or a Hugging Face id.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    config: Config = None,
     set: Set = None,
     sweep: Annotated[
         Path | None,
@@ -294,8 +297,8 @@ def chat(
 
 @baseline.command("tfidf")
 def baseline_tfidf(
-    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
-    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    data: Prompts,
+    out: RunPlace,
     set: Annotated[
         list[str] | None,
         typer.Option(
@@ -316,15 +319,15 @@ def baseline_tfidf(
 
 @baseline.command("encoder")
 def baseline_encoder(
-    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that build-prompts made.")],
-    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    data: Prompts,
+    out: RunPlace,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="NAME_OR_PATH", help="An encoder, such as roberta-base or a folder; glm-nano is the default."
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    config: Config = None,
     set: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="One setting, such as train.epochs=3; may be repeated."),
@@ -347,7 +350,7 @@ def baseline_encoder(
 def ensemble(
     runs: Runs,
     data: Annotated[Path, typer.Option(metavar="DIR", help="Prompts whose validation rows choose the weights.")],
-    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the run.")],
+    out: RunPlace,
     method: Annotated[
         str,
         typer.Option(

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_clf.config import EncoderSettings, Settings, Tree, load_tree
+from llm_clf.config import EncoderSettings, Settings, Tree
+from llm_clf.config_loading import load_tree
 from llm_clf.errors import ArtifactError, ConfigError, LlmClfError
 from llm_clf.files import file_hash, partial_name, read_json, replacing, require_free, write_json, write_yaml
 from llm_clf.prompting.duplicates import text_key

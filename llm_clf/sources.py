@@ -7,15 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from llm_clf.config import (
-    EncoderSettings,
-    Settings,
-    load_settings,
-    load_tree,
-    require_keys,
-    require_sections,
-    settings_to_dict,
-)
+from llm_clf.config import EncoderSettings, Settings, settings_to_dict
+from llm_clf.config_loading import load_settings, load_tree, require_keys, require_sections
 from llm_clf.decisions.decisions import Decisions
 from llm_clf.decisions.stored import refit, run_decisions
 from llm_clf.engine.scores import Scorer

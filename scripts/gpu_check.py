@@ -58,14 +58,8 @@ from accelerate.utils import GradScalerKwargs  # noqa: E402
 from flops import matmul_rate, seconds_of, useful_flops  # noqa: E402
 from transformers import GlmConfig, GlmForCausalLM  # noqa: E402
 
-from llm_clf.config import (  # noqa: E402
-    LoraSettings,
-    Settings,
-    SpeedSettings,
-    TrainSettings,
-    load_settings,
-    require_keys,
-)
+from llm_clf.config import LoraSettings, Settings, SpeedSettings, TrainSettings  # noqa: E402
+from llm_clf.config_loading import load_settings, require_keys  # noqa: E402
 from llm_clf.console import table  # noqa: E402
 from llm_clf.engine.course import Progress  # noqa: E402
 from llm_clf.engine.label_words import LabelWords  # noqa: E402

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +178,10 @@ def base(make_base: Callable[..., Path]) -> Path:
     return make_base("glm")
 
 
+WORDS = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
+"""Of rows whose label a small model can learn."""
+
+
 ROWS = [
     {"uuid": "a", "title": "Heart", "abstract": "Aspirin after surgery.", "label": "1"},
     {"uuid": "b", "title": "Bridge", "abstract": "Steel under load.", "label": "0"},
@@ -199,12 +203,11 @@ def rows_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def many_rows(tmp_path: Path) -> Path:
     """Return a JSONL file of forty rows whose label a small model can learn."""
-    words = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
     file = tmp_path / "many.jsonl"
     with open(file, "w", encoding="utf-8") as lines:
         for number in range(40):
             label = str(number % 2)
-            word = words[label][number // 2 % 4]
+            word = WORDS[label][number // 2 % 4]
             row = {
                 "uuid": f"r{number}",
                 "title": word,
@@ -213,6 +216,37 @@ def many_rows(tmp_path: Path) -> Path:
             }
             lines.write(json.dumps(row) + "\n")
     return file
+
+
+def word_prompts(folder: Path, *, rows: int, lengths: int, split: str) -> Path:
+    """Make prompts of rows whose word tells the label, in so many lengths, and return their folder."""
+    from llm_clf.commands.build_prompts import build_prompts
+
+    with open(folder / "rows.csv", "w", encoding="utf-8") as lines:
+        lines.write("uuid,title,abstract,label\n")
+        for number in range(rows):
+            word = WORDS[str(number % 2)][number // 2 % 4]
+            lines.write(f"r{number},{word},{(word + ' ') * (number % lengths + 1)}{number},{number % 2}\n")
+    (folder / "task.yaml").write_text(SHORT_TASK, encoding="utf-8")
+    build_prompts([folder / "rows.csv"], task=folder / "task.yaml", out=folder / "prompts", split=split)
+    return folder / "prompts"
+
+
+def trainer(prompts: Path, tmp_path_factory: pytest.TempPathFactory, settings: Sequence[str]) -> Callable[..., Path]:
+    """Return a function that trains a run on a base, with further settings; the same run for the same words."""
+    from llm_clf.commands.finetune import finetune
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def trained(base: Path, *more: str) -> Path:
+        key = (str(base), *more)
+        if key not in made:
+            run = tmp_path_factory.mktemp("trained") / "run"
+            finetune(prompts, out=run, model=str(base), set=[*settings, *more])
+            made[key] = run
+        return made[key]
+
+    return trained
 
 
 SHORT_TASK = """\

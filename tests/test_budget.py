@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from llm_clf import finetune
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.errors import ConfigError
 from llm_clf.models.budget import SHARE, Plan, RowLengths, Shapes, plan_training, require_fit
 from llm_clf.models.memory import AdapterShape, BaseShape
@@ -68,7 +69,7 @@ def test_finetune_stops_before_loading(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("llm_clf.commands.finetune._fit", loaded)
+    monkeypatch.setattr("llm_clf.commands.lora_training._fit", loaded)
     monkeypatch.setattr("llm_clf.models.budget.free_memory", lambda device: 10**6)
     with pytest.raises(ConfigError, match="would not fit"):
         finetune(prompts, out=tmp_path / "run", model=str(base))

@@ -4,7 +4,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from llm_clf.config import EncoderSettings, Settings, known_keys, load_settings, load_tree, settings_to_dict
+from llm_clf.config import EncoderSettings, Settings, known_keys, settings_to_dict
+from llm_clf.config_loading import load_settings, load_tree
 from llm_clf.errors import ConfigError
 from llm_clf.prompting.tasks import load_task
 from llm_clf.sweeping.space import load_sweep

@@ -30,7 +30,8 @@ from llm_clf.baselines.encoder_model import (
     row_tokenizer,
 )
 from llm_clf.baselines.encoder_tokens import RowTokenizer
-from llm_clf.config import EncoderHeadSettings, EncoderSettings, load_tree
+from llm_clf.config import EncoderHeadSettings, EncoderSettings
+from llm_clf.config_loading import load_tree
 from llm_clf.engine.scores import Scored
 from llm_clf.errors import ArtifactError, ConfigError, DataError, LabelError, LlmClfError, TrainingError
 from llm_clf.files import file_hash, partial_name
@@ -576,7 +577,7 @@ def test_patience_stops_and_the_best_is_kept(
         weights.append(scorer._model.head.mean.weight.detach().clone())
         return dict.fromkeys(("accuracy", "precision", "recall", "log_loss"), 0.5) | {"f1": next(found)}
 
-    monkeypatch.setattr("llm_clf.commands.baseline_encoder._measure", measure)
+    monkeypatch.setattr("llm_clf.commands.baseline_encoder.measure", measure)
     train_run(place, "new", "train.epochs=6", "train.patience=2")
     facts = facts_of(place / "new")
     assert facts["training"]["stopped_early"] and len(facts["evaluations"]) == 4
@@ -648,7 +649,7 @@ def test_a_training_that_was_scored_when_it_was_killed_only_takes_its_name(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("llm_clf.commands.baseline_encoder.replace_folder", lambda *_: 1 / 0)
+        patched.setattr("llm_clf.commands.training_run.replace_folder", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_run(place, "new", "train.epochs=1")
     monkeypatch.setattr("llm_clf.commands.baseline_encoder._train_run", lambda *_: 1 / 0)

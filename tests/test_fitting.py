@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import llm_clf
 from llm_clf.commands import validation
-from llm_clf.config import LoraSettings, SpeedSettings, load_settings
+from llm_clf.config import LoraSettings, SpeedSettings
+from llm_clf.config_loading import load_settings
 from llm_clf.engine import classifier, fitting, scoring, training
 from llm_clf.engine.fitting import TokenBudget, Work
 from llm_clf.engine.label_words import LabelWords

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHORT_TASK
+from conftest import word_prompts
 
 import llm_clf
 from llm_clf.baselines.ensemble import equal_weights
-from llm_clf.commands import finetune as finetune_module
 from llm_clf.commands import folds as folds_module
+from llm_clf.commands import lora_training
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.errors import ConfigError
 from llm_clf.files import partial_name
@@ -25,7 +25,6 @@ from llm_clf.prompting.tasks import load_task
 from llm_clf.runs import count_trained_rows
 
 FAST = ["train.epochs=1", "train.batch_size=8", "train.learning_rate=0.004", "model.dtype=fp32"]
-WORDS = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
 
 
 def rows_of(*labels: str) -> list[Prompt]:
@@ -75,13 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Path
     """Make prompts and a run of three folds, once."""
     folder = tmp_path_factory.mktemp("folds")
     shutil.copytree(make_base("glm"), folder / "base")
-    (folder / "task.yaml").write_text(SHORT_TASK, encoding="utf-8")
-    with open(folder / "rows.csv", "w", encoding="utf-8") as lines:
-        lines.write("uuid,title,abstract,label\n")
-        for number in range(40):
-            word = WORDS[str(number % 2)][number // 2 % 4]
-            lines.write(f"r{number},{word},{(word + ' ') * (number % 5 + 1)}{number},{number % 2}\n")
-    llm_clf.build_prompts([folder / "rows.csv"], task=folder / "task.yaml", out=folder / "prompts", split="0.6,0.2,0.2")
+    word_prompts(folder, rows=40, lengths=5, split="0.6,0.2,0.2")
     finetune(folder, folder / "run")
     return folder
 
@@ -200,7 +193,7 @@ def kill_in(name: str, number: int, place: Any, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("place", "name", "number", "trained"),
-    [(finetune_module, "_fit", 2, 2), (folds_module, "score_rows", 2, 1), (folds_module, "score_members", 1, 0)],
+    [(lora_training, "_fit", 2, 2), (folds_module, "score_rows", 2, 1), (folds_module, "score_members", 1, 0)],
     ids=["second training", "second scoring", "validation rows"],
 )
 def test_a_killed_run_goes_on_with_the_fold_it_was_in(
@@ -220,13 +213,13 @@ def test_a_killed_run_goes_on_with_the_fold_it_was_in(
     with pytest.raises(ConfigError, match=r"cross-validation.folds \(then 3, now 2\)"):
         finetune(made, out, resume=True, folds=2)
     fits: list[Path] = []
-    fit = finetune_module._fit
+    fit = lora_training._fit
 
     def noted(*words: Any) -> Any:
         fits.append(words[2])
         return fit(*words)
 
-    monkeypatch.setattr(finetune_module, "_fit", noted)
+    monkeypatch.setattr(lora_training, "_fit", noted)
     finetune(made, out, resume=True)
     assert len(fits) == trained and not unfinished.exists()
     for file in ("predictions-folds.parquet", "predictions-valid.parquet", "ensemble.json", "metrics.json"):

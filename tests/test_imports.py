@@ -20,14 +20,15 @@ ROOMS = (
     "commands",
     "cli",
 )
-SHARED = ("config", "errors", "files", "console", "runs")
+SHARED = ("config", "config_loading", "errors", "files", "console", "runs")
 FOR_PROMPTING = ("config", "errors", "files", "console")
 BETWEEN_SHARED = {
     "errors": (),
     "console": (),
     "files": ("errors",),
-    "config": ("errors", "files"),
-    "runs": ("errors", "files", "config", "console", "prompting"),
+    "config": (),
+    "config_loading": ("errors", "config"),
+    "runs": ("errors", "files", "config", "config_loading", "console", "prompting"),
 }
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "optuna")
 

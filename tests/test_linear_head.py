@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import llm_clf
 from llm_clf import cli
-from llm_clf.config import LoraSettings, ModelSettings, SpeedSettings, load_settings
+from llm_clf.config import LoraSettings, ModelSettings, SpeedSettings
+from llm_clf.config_loading import load_settings
 from llm_clf.engine.decoder import INTERLEAVED, ends_short
 from llm_clf.engine.linear_head import POOLINGS, LinearHead
 from llm_clf.engine.packing import FAMILIES

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import CHAT_TEMPLATE, SHORT_TASK, byte_tokenizer, tied_base, tiny_model
+from conftest import CHAT_TEMPLATE, byte_tokenizer, tied_base, tiny_model, trainer, word_prompts
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,36 +37,17 @@ MakeBase = Callable[..., Path]
 Train = Callable[..., Path]
 CPU = torch.device("cpu")
 FAST = ["train.epochs=1", "train.batch_size=8", "train.learning_rate=0.004", "model.dtype=fp32", "lora.dropout=0"]
-WORDS = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prompts")
-    with open(folder / "rows.csv", "w", encoding="utf-8") as lines:
-        lines.write("uuid,title,abstract,label\n")
-        for number in range(60):
-            word = WORDS[str(number % 2)][number // 2 % 4]
-            lines.write(f"r{number},{word},{(word + ' ') * (number % 9 + 1)}{number},{number % 2}\n")
-    (folder / "task.yaml").write_text(SHORT_TASK, encoding="utf-8")
-    llm_clf.build_prompts([folder / "rows.csv"], task=folder / "task.yaml", out=folder / "prompts", split="0.6,0.3,0.1")
-    return folder / "prompts"
+    return word_prompts(tmp_path_factory.mktemp("prompts"), rows=60, lengths=9, split="0.6,0.3,0.1")
 
 
 @pytest.fixture(scope="module")
 def train(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Return a function that trains a run on a base; the same one for the same words."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def trained(base: Path, *more: str) -> Path:
-        key = (str(base), *more)
-        if key not in made:
-            run = tmp_path_factory.mktemp("trained") / "run"
-            llm_clf.finetune(prompts, out=run, model=str(base), set=[*FAST, *more])
-            made[key] = run
-        return made[key]
-
-    return trained
+    return trainer(prompts, tmp_path_factory, FAST)
 
 
 @pytest.fixture(scope="module")

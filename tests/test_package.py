@@ -45,8 +45,8 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(tmp_path)
     program = (
-        "from llm_clf.prompting.tasks import load_task, shipped_tasks; from llm_clf.commands.finetune import "
-        "resolve_settings; import llm_clf; print(llm_clf.__file__, sorted(shipped_tasks())); resolve_settings(None, None, [])"
+        "from llm_clf.prompting.tasks import load_task, shipped_tasks; from llm_clf.commands.training_settings import "
+        "resolve_settings; from llm_clf.config import Settings; import llm_clf; print(llm_clf.__file__, sorted(shipped_tasks())); resolve_settings(Settings, None, None, [])"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

@@ -20,7 +20,8 @@ from conftest import SHORT_TASK
 
 import llm_clf
 from llm_clf.commands import sweep as command
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.engine import training
 from llm_clf.errors import ConfigError, DataError, TrainingError
 from llm_clf.files import partial_name
@@ -422,7 +423,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *
         ("llm_clf.sweeping.trials.Trials", "report", 3, True),
         ("llm_clf.sweeping.trials.Trials", "complete", 2, False),
         ("llm_clf.sweeping.trials.Trials", "prune", 1, True),
-        ("llm_clf.commands.finetune", "score_validation", 2, False),
+        ("llm_clf.commands.lora_training", "score_validation", 2, False),
         ("llm_clf.commands.sweep", "save_facts", 1, False),
         ("llm_clf.commands.sweep", "save_facts", 1, True),
     ],

@@ -11,7 +11,8 @@ from conftest import Bigrams, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_clf.config import LoraSettings, SpeedSettings, TrainSettings, load_settings
+from llm_clf.config import LoraSettings, SpeedSettings, TrainSettings
+from llm_clf.config_loading import load_settings
 from llm_clf.engine.course import evaluation_steps, require_finite
 from llm_clf.engine.label_words import LabelWords
 from llm_clf.engine.lora import enable_fast_lora

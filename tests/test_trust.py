@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 import llm_clf
 from llm_clf.cli import app
 from llm_clf.commands.leaderboard import leaderboard_text
-from llm_clf.config import DecideSettings, load_settings
+from llm_clf.config import DecideSettings
+from llm_clf.config_loading import load_settings
 from llm_clf.decisions.decide import probabilities
 from llm_clf.decisions.decisions import Decisions, load_decisions
 from llm_clf.decisions.fitting import cross_fit, fit_decisions

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SHORT_TASK, byte_tokenizer, tied_base
+from conftest import byte_tokenizer, tied_base, trainer, word_prompts
 
 import llm_clf
-from llm_clf.commands import finetune as finetune_module
-from llm_clf.config import ModelSettings, Settings, load_settings
+from llm_clf.commands import lora_training, training_run
+from llm_clf.config import ModelSettings, Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.engine import classifier as classifier_module
 from llm_clf.engine.classifier import Classifier
@@ -24,36 +25,17 @@ from llm_clf.prompting.tasks import load_task
 MakeBase = Callable[..., Path]
 Train = Callable[..., Path]
 FAST = ["train.epochs=2", "train.batch_size=8", "train.learning_rate=0.004", "lora.dropout=0"]
-WORDS = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prompts")
-    with open(folder / "rows.csv", "w", encoding="utf-8") as lines:
-        lines.write("uuid,title,abstract,label\n")
-        for number in range(60):
-            word = WORDS[str(number % 2)][number // 2 % 4]
-            lines.write(f"r{number},{word},{(word + ' ') * (number % 9 + 1)}{number},{number % 2}\n")
-    (folder / "task.yaml").write_text(SHORT_TASK, encoding="utf-8")
-    llm_clf.build_prompts([folder / "rows.csv"], task=folder / "task.yaml", out=folder / "prompts", split="0.6,0.3,0.1")
-    return folder / "prompts"
+    return word_prompts(tmp_path_factory.mktemp("prompts"), rows=60, lengths=9, split="0.6,0.3,0.1")
 
 
 @pytest.fixture(scope="module")
 def train(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Return a function that trains a run on a base; the same one for the same words."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def trained(base: Path, *more: str) -> Path:
-        key = (str(base), *more)
-        if key not in made:
-            run = tmp_path_factory.mktemp("trained") / "run"
-            llm_clf.finetune(prompts, out=run, model=str(base), set=[*FAST, *more])
-            made[key] = run
-        return made[key]
-
-    return trained
+    return trainer(prompts, tmp_path_factory, FAST)
 
 
 @pytest.fixture(scope="module")
@@ -414,11 +396,11 @@ def kill(*_: Any, **__: Any) -> None:
 
 
 KILLS = {
-    "before the rows are scored": (finetune_module, "score_validation"),
+    "before the rows are scored": (lora_training, "score_validation"),
     "between the two ways": (classifier_module, "merge_adapter"),
-    "before the choice is recorded": (finetune_module, "asdict"),
-    "before run.json": (finetune_module, "save_facts"),
-    "before the run has its name": (finetune_module, "replace_folder"),
+    "before the choice is recorded": (lora_training, "asdict"),
+    "before run.json": (lora_training, "save_facts"),
+    "before the run has its name": (training_run, "replace_folder"),
 }
 
 

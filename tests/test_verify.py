@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import CHAT_TEMPLATE, SHORT_TASK
+from conftest import CHAT_TEMPLATE, word_prompts
 from typer.testing import CliRunner
 
 import llm_clf
-from llm_clf.commands import finetune as finetune_module
+from llm_clf.commands import lora_training
 from llm_clf.commands.parity import MeasuredRows
 from llm_clf.decisions.predictions import PredictionTable
 from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
@@ -23,7 +23,6 @@ from llm_clf.evaluation.parity import Parity, compare_predictions, compare_proba
 from llm_clf.files import file_hash
 
 FAST = ["train.epochs=2", "train.batch_size=8", "train.learning_rate=0.004", "model.dtype=fp32"]
-WORDS = {"1": ["heart", "lung", "fever", "dose"], "0": ["steel", "star", "court", "bridge"]}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Path
     """Make a folder with a base, prompts and a run that was trained on them, once."""
     folder = tmp_path_factory.mktemp("verify")
     shutil.copytree(make_base("glm"), folder / "base")
-    (folder / "task.yaml").write_text(SHORT_TASK, encoding="utf-8")
-    with open(folder / "rows.csv", "w", encoding="utf-8") as lines:
-        lines.write("uuid,title,abstract,label\n")
-        for number in range(40):
-            word = WORDS[str(number % 2)][number // 2 % 4]
-            lines.write(f"r{number},{word},{(word + ' ') * (number % 5 + 1)}{number},{number % 2}\n")
-    llm_clf.build_prompts([folder / "rows.csv"], task=folder / "task.yaml", out=folder / "prompts", split="0.6,0.3,0.1")
+    word_prompts(folder, rows=40, lengths=5, split="0.6,0.3,0.1")
     llm_clf.finetune(folder / "prompts", out=folder / "runs" / "run", model=str(folder / "base"), set=FAST)
     return folder
 
@@ -182,7 +175,7 @@ def test_a_training_that_goes_on_after_its_last_step_still_ends_with_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(finetune_module, "score_validation", kill)
+        patched.setattr(lora_training, "score_validation", kill)
         llm_clf.finetune(made / "prompts", **words)
     llm_clf.finetune(made / "prompts", resume=True, **words)
     assert facts_of(tmp_path / "run")["verified"] == facts_of(made / "runs" / "run")["verified"]

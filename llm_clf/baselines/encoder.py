@@ -14,7 +14,15 @@ from llm_clf.baselines.encoder_checkpoints import Checkpoints
 from llm_clf.baselines.encoder_model import FusionClassifier, losses, padded_tokens, plan_rows
 from llm_clf.config import EncoderTrainSettings
 from llm_clf.console import progress
-from llm_clf.engine.course import MAX_GRAD_NORM, Evaluate, Progress, evaluate_step, evaluation_steps, require_finite
+from llm_clf.engine.course import (
+    MAX_GRAD_NORM,
+    Evaluate,
+    Progress,
+    evaluate_step,
+    evaluation_steps,
+    prepared,
+    require_finite,
+)
 from llm_clf.engine.fitting import TRIED, TokenBudget, Work
 from llm_clf.engine.transfer import to_device
 
@@ -135,20 +143,13 @@ def steps_of_epoch(lengths: Sequence[int], batch_size: int, seed: int) -> list[l
 def _prepare(
     model: FusionClassifier, settings: EncoderTrainSettings, total: int, accelerator: Accelerator
 ) -> tuple[Any, Any]:
-    from transformers import get_scheduler
-
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    warmup = math.ceil(settings.warmup * total) if settings.warmup < 1 else int(settings.warmup)
-    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    # The model stays as it is: it has its own autocast, so that training computes as prediction does.
-    return accelerator.prepare(optimizer), accelerator.prepare(schedule)
+    return prepared(torch.optim.AdamW(groups, lr=settings.learning_rate), settings, total, accelerator)
 
 
 def _work(model: FusionClassifier, accelerator: Accelerator) -> Work[LabelledRow, float]:

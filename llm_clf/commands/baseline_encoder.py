@@ -1,37 +1,32 @@
 """A prompts folder to a run of an encoder: fine-tune all of it with a head, score the validation rows as predict."""
 
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llm_clf.commands.finetune import shipped_recipe
 from llm_clf.commands.parity import MeasuredRows, check_against_training, scored_with, text_digest
+from llm_clf.commands.training_run import claim, completing, measure, record, training_facts, unfinished_run
+from llm_clf.commands.training_settings import require_fitting, resolve_settings
 from llm_clf.commands.validation import decide_validation, score_all
-from llm_clf.config import DEFAULT_BASE, EncoderSettings, load_tree, settings_to_dict
+from llm_clf.config import EncoderSettings, settings_to_dict
+from llm_clf.config_loading import load_tree
 from llm_clf.console import say
 from llm_clf.decisions.fitting import require_decidable
-from llm_clf.errors import ConfigError, LlmClfError
-from llm_clf.evaluation.metrics import NO_LABEL, compute_metrics
-from llm_clf.files import file_hash, locked, partial_name, path_of, replace_folder, require_apart, write_json, writing
+from llm_clf.errors import ConfigError
+from llm_clf.files import file_hash, path_of, require_apart
 from llm_clf.prompting.training_data import TrainingData, read_training_data
 from llm_clf.runs import (
     CHECKPOINTS,
     CONFIG,
     ENCODER,
-    INPUTS,
     KINDS,
-    LOG,
     commit,
     is_finished,
-    is_run,
     package_versions,
     prompts_place,
     require_run_place,
-    require_same_inputs,
     run_metrics,
     save_facts,
     save_inputs,
@@ -41,7 +36,6 @@ from llm_clf.runs import (
 from llm_clf.sources import EncoderSource
 
 PACKAGES = ("llm-clf", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
-GOES_ON = "Then --resume goes on from the last checkpoint."
 
 
 def baseline_encoder(
@@ -73,42 +67,16 @@ def baseline_encoder(
         say(f"{place} is finished; nothing to do.")
         return run_metrics(place)
     require_run_place(place, overwrite=overwrite)
-    settings = resolve_encoder_settings(model, config, set)
+    settings = resolve_settings(EncoderSettings, model, config, set)
     base, folder = path_of(settings.model.name), path_of(data)
     require_apart(place, [folder, *([base] if base.is_dir() else [])])
     rows = read_training_data(folder)
     _check_settings(settings, rows)
-    with locked(place):
-        unfinished = partial_name(place)
-        if unfinished.exists() and not (resume or overwrite):
-            raise ConfigError(
-                f"{unfinished}: an interrupted training left this. --resume goes on with it, --overwrite starts anew."
-            )
-        try:
-            with writing(unfinished, GOES_ON):
-                if not (resume and is_finished(unfinished, ENCODER)):
-                    _train_run(settings, rows, unfinished, resume=resume)
-                shutil.rmtree(unfinished / CHECKPOINTS, ignore_errors=True)
-                (unfinished / INPUTS).unlink(missing_ok=True)
-                replace_folder(unfinished, place)
-        except LlmClfError:
-            _drop_fruitless(unfinished)
-            raise
+    with unfinished_run(place, resume=resume, overwrite=overwrite) as unfinished, completing(unfinished, place):
+        if not (resume and is_finished(unfinished, ENCODER)):
+            _train_run(settings, rows, unfinished, resume=resume)
     say(f"The run is in {place}.")
     return run_metrics(place)
-
-
-def resolve_encoder_settings(model: str | None, config: str | Path | None, overrides: Sequence[str]) -> EncoderSettings:
-    """Return the settings: defaults, the recipe of the base that ships where it is used, the file, the overrides."""
-    if model is not None and (path_of(model) / "config.json").is_file():
-        model = str(path_of(model).resolve())
-    files = [Path(config)] if config is not None else []
-    changes = [*overrides, *([f"model.name={json.dumps(model)}"] if model is not None else [])]
-    settings = load_tree(EncoderSettings, files, changes)
-    if settings.model.name == DEFAULT_BASE:
-        recipe = shipped_recipe().with_name(f"encoder-{DEFAULT_BASE}.yaml")
-        settings = load_tree(EncoderSettings, [recipe, *files], changes)
-    return settings
 
 
 def _check_settings(settings: EncoderSettings, data: TrainingData) -> None:
@@ -120,24 +88,7 @@ def _check_settings(settings: EncoderSettings, data: TrainingData) -> None:
             f"head.loss bce: one logit stands for two labels, and the task has {len(names)}: {', '.join(names)}. Leave "
             "it at cross-entropy."
         )
-    validated = {prompt.label for prompt in data.valid if prompt.label is not None}
-    if settings.train.metric == "roc_auc" and len(validated) == 1:
-        raise ConfigError(
-            f"train.metric roc_auc: all validation rows with a label have {validated.pop()!r}, and a ROC curve needs "
-            "two labels. Choose another metric, or build the prompts with a larger share for validation."
-        )
-    if isinstance(settings.train.class_weights, dict):
-        unknown = sorted(settings.train.class_weights.keys() - set(names))
-        if unknown:
-            raise ConfigError(f"train.class_weights: {unknown[0]!r} is no label; the labels are {', '.join(names)}.")
-
-
-def _drop_fruitless(unfinished: Path) -> None:
-    """Remove an unfinished run in which nothing was learned yet: there is nothing to go on with."""
-    from llm_clf.engine.course import has_checkpoint
-
-    if not is_run(unfinished) and not has_checkpoint(unfinished / CHECKPOINTS):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    require_fitting(settings.train, data)
 
 
 def _train_run(settings: EncoderSettings, data: TrainingData, folder: Path, *, resume: bool) -> None:
@@ -156,7 +107,9 @@ def _train_run(settings: EncoderSettings, data: TrainingData, folder: Path, *, r
     if settings.train.micro_batch_tokens == AUTO:
         settings = settings.having("train", micro_batch_tokens=BUDGETS[device.type][0])
     base = base_identity(settings.model.name)
-    if _claim(folder, settings, data, base, resume=resume):
+    prompts = {**data.hashes, "task": task_facts(data.task)["hash"]}
+    inputs = {"settings": settings_to_dict(settings), "prompts": prompts, "base": base}
+    if claim(folder, inputs, resume=resume):
         settings = load_tree(EncoderSettings, [folder / CONFIG])
     else:
         save_inputs(folder, data.task, settings_to_dict(settings))
@@ -204,27 +157,11 @@ def _trainable_type(wanted: str, device: Any) -> str:
     return choose_dtype(wanted, device)
 
 
-def _claim(folder: Path, settings: EncoderSettings, data: TrainingData, base: dict[str, Any], *, resume: bool) -> bool:
-    """Make the unfinished run folder, or check that the one there belongs to the same training; return whether it does.
-
-    Raises:
-        ConfigError: Settings, prompts or encoder are not those that the interrupted training had.
-    """
-    prompts = {**data.hashes, "task": task_facts(data.task)["hash"]}
-    inputs = {"settings": settings_to_dict(settings), "prompts": prompts, "base": base}
-    if resume and (folder / INPUTS).is_file():
-        require_same_inputs(folder, inputs)
-        return (folder / CONFIG).is_file()
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / CHECKPOINTS).mkdir(parents=True)
-    write_json(folder / INPUTS, inputs)
-    return False
-
-
 def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: Any) -> tuple[dict[str, Any], str | None]:
     """Train and save encoder and head; return what run.json says of it, and a hash of tokens of validation rows."""
     from llm_clf.baselines.encoder import LabelledRow, train
     from llm_clf.baselines.encoder_model import EncoderScorer, new_classifier, row_tokenizer, save_classifier
+    from llm_clf.engine.one_process import accelerated
     from llm_clf.engine.training import row_weights
     from llm_clf.models.encoders import load_encoder_tokenizer
 
@@ -246,19 +183,16 @@ def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: An
         f"{len(data.valid):,} validation rows; {parameters:,} weights, all trained."
     )
     scorer = EncoderScorer(model, tokens, labels=len(names), batch_tokens=settings.predict.batch_tokens)
-    accelerator = _accelerator(settings, device, folder)
-    try:
+    with accelerated(folder, device, settings.model.dtype, "baseline encoder") as accelerator:
         state = train(
             model,
             rows,
             settings.train,
             accelerator=accelerator,
-            evaluate=(lambda: _measure(scorer, data, folder)) if data.validates else None,
+            evaluate=(lambda: measure(scorer, data, folder, EncoderSettings)) if data.validates else None,
             folder=folder / CHECKPOINTS,
-            found=lambda tokens: _record(folder, data, "train", micro_batch_tokens=tokens),
+            found=lambda tokens: record(folder, data, EncoderSettings, "train", micro_batch_tokens=tokens),
         )
-    finally:
-        accelerator.end_training()
     learned = folder / KINDS[ENCODER].learned
     save_classifier(model, tokenizer, learned.parent)
     facts = {
@@ -268,62 +202,9 @@ def _fit(settings: EncoderSettings, data: TrainingData, folder: Path, device: An
             "max_length": tokens.max_length,
             "pooled": model.pooled_from,
         },
-        "rows": {
-            "train": len(rows),
-            "train_cut": cut,
-            "train_unlabelled": data.unlabelled,
-            "valid": len(data.valid),
-            "labels": data.counts,
-        },
-        "training": {
-            "steps": state.step,
-            "best_step": state.best_step,
-            "stopped_early": state.stopped_early,
-            "seconds": round(state.seconds, 2),
-            "rows_per_second": round(state.rows / max(state.seconds, 1e-9), 2),
-            "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
-        },
-        "evaluations": state.evaluations,
+        **training_facts(data, state, cut),
     }
     return facts, text_digest(tokens, data.valid)
-
-
-def _accelerator(settings: EncoderSettings, device: Any, folder: Path) -> Any:
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
-
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="fp16" if settings.model.dtype == "fp16" else "no",
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
-    )
-    if accelerator.num_processes > 1:
-        raise ConfigError("baseline encoder trains in one process; start it without `accelerate launch` or torchrun.")
-    accelerator.init_trackers(LOG)
-    return accelerator
-
-
-def _measure(scorer: Any, data: TrainingData, folder: Path) -> dict[str, float]:
-    """Return the validation metrics of the model as it is now, by the path that predict takes."""
-    from llm_clf.decisions.decide import decide, probabilities
-
-    before = scorer.batch_tokens
-    probs = probabilities(scorer.score_all(data.valid))
-    if scorer.batch_tokens != before:
-        _record(folder, data, "predict", batch_tokens=scorer.batch_tokens)
-    predicted = [data.task.names[choice] for choice in decide(probs)]
-    gold = [prompt.label or NO_LABEL for prompt in data.valid]
-    found = compute_metrics(gold, predicted, probs, data.task.names)
-    metrics = {name: value for name, value in found.items() if isinstance(value, float)}
-    MeasuredRows(folder / CHECKPOINTS).keep(metrics, probs)
-    return metrics
-
-
-def _record(folder: Path, data: TrainingData, section: str, **found: int) -> None:
-    """Put into the run's settings what was found while it runs: --resume goes on with it, and predict takes it."""
-    settings = load_tree(EncoderSettings, [folder / CONFIG]).having(section, **found)
-    save_inputs(folder, data.task, settings_to_dict(settings))
 
 
 def _score_validation(settings: EncoderSettings, data: TrainingData, folder: Path) -> dict[str, Any]:
@@ -342,6 +223,6 @@ def _score_validation(settings: EncoderSettings, data: TrainingData, folder: Pat
         scored = found.scored
         if found.batch_tokens is None or found.batch_tokens == settings.predict.batch_tokens:
             break
-        _record(folder, data, "predict", batch_tokens=found.batch_tokens)
+        record(folder, data, EncoderSettings, "predict", batch_tokens=found.batch_tokens)
         settings = settings.having("predict", batch_tokens=found.batch_tokens)
     return decide_validation(settings, data.task, data.valid, scored, folder, counts=data.counts)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from llm_clf.commands.parity import check_against_training, scored_with
 from llm_clf.commands.validation import decide_validation, score_all
-from llm_clf.config import DecideSettings, Settings, load_settings, require_keys, settings_to_dict
+from llm_clf.config import DecideSettings, Settings, settings_to_dict
+from llm_clf.config_loading import load_settings, require_keys
 from llm_clf.console import say, table
 from llm_clf.decisions.decide import probabilities
 from llm_clf.decisions.fitting import require_decidable

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_clf.config import Settings, load_settings, require_sections
+from llm_clf.config import Settings
+from llm_clf.config_loading import load_settings, require_sections
 from llm_clf.console import say
 from llm_clf.conversation import Conversation, Write, converse
 from llm_clf.decisions.decisions import Decisions

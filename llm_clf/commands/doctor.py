@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llm_clf
-from llm_clf.commands.finetune import resolve_settings
+from llm_clf.commands.training_settings import resolve_settings
 from llm_clf.config import DEFAULT_BASE, Settings
 from llm_clf.console import table
 from llm_clf.errors import DataError
@@ -55,7 +55,7 @@ def doctor(*, model: str | None = None, set: Sequence[str] = (), data: str | Pat
     cuda = _cuda()
     memory = _memory()
     free = cuda["cards"][0]["free_bytes"] if cuda["cards"] else memory["available_bytes"]
-    settings = resolve_settings(model, None, set)
+    settings = resolve_settings(Settings, model, None, set)
     faults = shipped_faults(SHIPPED)
     return {
         "llm_clf": llm_clf.__version__,

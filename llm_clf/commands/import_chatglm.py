@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llm_clf.config import ModelSettings, load_settings
+from llm_clf.config import ModelSettings
+from llm_clf.config_loading import load_settings
 from llm_clf.console import progress, say
 from llm_clf.errors import ArtifactError, ConfigError
 from llm_clf.files import (

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.console import say
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.decisions.stored import run_decisions

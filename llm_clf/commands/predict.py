@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llm_clf.commands.scoring import Decode, Unchanged, score_rows, survey_rows
-from llm_clf.config import load_settings
+from llm_clf.config_loading import load_settings
 from llm_clf.console import say
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.decisions.decisions import Decisions

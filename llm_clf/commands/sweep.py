@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llm_clf.config import Settings, settings_to_dict, with_changes
+from llm_clf.config import Settings, settings_to_dict
+from llm_clf.config_loading import with_changes
 from llm_clf.console import say
 from llm_clf.errors import MemoryLimitError, TrainingError
 from llm_clf.files import read_json, replacing, write_json, write_yaml

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_clf.config import DecideSettings, load_tree
+from llm_clf.config import DecideSettings
+from llm_clf.config_loading import load_tree
 from llm_clf.decisions.decisions import Decisions, load_decisions
 from llm_clf.decisions.fitting import fit_decisions
 from llm_clf.decisions.predictions import read_predictions

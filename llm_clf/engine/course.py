@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
@@ -42,6 +43,21 @@ class Progress:
     tokens: int = 0
     """Real tokens read in training steps."""
     stopped_early: bool = False
+
+
+def prepared(
+    optimizer: torch.optim.Optimizer, settings: AnyTrainSettings, total: int, accelerator: Accelerator
+) -> tuple[Any, Any]:
+    """Return an optimiser and the schedule of its learning rate over all steps, as accelerate runs them.
+
+    The model stays as it is: autocast around it would make training compute otherwise than prediction.
+    """
+    from transformers import get_scheduler
+
+    warmup = math.ceil(settings.warmup * total) if settings.warmup < 1 else int(settings.warmup)
+    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    return accelerator.prepare(optimizer), accelerator.prepare(schedule)
 
 
 def evaluation_steps(per_epoch: int, total: int, every: float) -> set[int]:

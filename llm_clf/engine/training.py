@@ -26,6 +26,7 @@ from llm_clf.engine.course import (
     checkpoints_in,
     evaluate_step,
     evaluation_steps,
+    prepared,
     reading_checkpoint,
     require_finite,
     writing_checkpoint,
@@ -218,14 +219,8 @@ def _add_up(
 
 
 def _prepare(model: Any, settings: TrainSettings, total: int, accelerator: Accelerator) -> tuple[Any, Any]:
-    from transformers import get_scheduler
-
     optimizer = torch.optim.AdamW(trainable(model), lr=settings.learning_rate, weight_decay=0.0)
-    warmup = math.ceil(settings.warmup * total) if settings.warmup < 1 else int(settings.warmup)
-    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    # The model stays as it is: autocast around it would make training compute otherwise than prediction.
-    return accelerator.prepare(optimizer), accelerator.prepare(schedule)
+    return prepared(optimizer, settings, total, accelerator)
 
 
 def _rows_of_step(step: int, rows: int, settings: TrainSettings, labels: tuple[int, ...] | None = None) -> list[int]:

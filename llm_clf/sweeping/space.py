@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from llm_clf.config import Section, Settings, known_keys, read_settings_file, setting, unknown_key, with_changes
+from llm_clf.config import Section, Settings, known_keys
+from llm_clf.config_loading import read_settings_file, setting, unknown_key, with_changes
 from llm_clf.errors import ConfigError
 
 OF_THE_BASE = "belongs to the base, which is the same in all trials. Give it with --set, and sweep each base apart"

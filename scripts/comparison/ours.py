@@ -10,7 +10,8 @@ from flops import matmul_rate
 
 from comparison.meter import Marks, model_facts
 from comparison.work import STEP_ROWS, Job, Row, Work
-from llm_clf.config import Settings, load_settings
+from llm_clf.config import Settings
+from llm_clf.config_loading import load_settings
 from llm_clf.engine.label_words import LabelWords
 from llm_clf.engine.packing import common_beginning
 from llm_clf.engine.scoring import LabelScorer
