@@ -57,7 +57,7 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
 
 def test_the_base_that_ships_is_small_and_documented() -> None:
     size = sum(file.stat().st_size for file in SHIPPED.iterdir())
-    assert size <= 12_000_000
+    assert size <= 30_000_000
     card = (SHIPPED / "README.md").read_text(encoding="utf-8")
     config = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "glm" and "CC0" in card and "CC-BY" in card and "loss" in card
