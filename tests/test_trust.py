@@ -1,14 +1,17 @@
 """Decisions in a run: fitted, stored, applied by predict as in validation, refitted for other settings, refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
+from scipy.stats import binom
 from sklearn.metrics import f1_score
 from typer.testing import CliRunner, Result
 
@@ -190,6 +193,37 @@ def test_the_bound_of_a_target_error_is_said_to_count_rows_as_they_are() -> None
     scores, gold = scored(300)
     assert "by decide.priors" not in fitted(scores, gold, abstain={"error": 0.2}).text()
     assert "by decide.priors" in fitted(scores, gold, abstain={"error": 0.2}, priors={"1": 0.1}).text()
+
+
+def test_the_bound_of_a_target_error_is_that_of_the_binomial_distribution() -> None:
+    scores = np.log(np.tile(np.array([[0.9, 0.1], [0.1, 0.9]], dtype=np.float32), (50, 1)))
+    gold = ["1", *["1" if row % 2 else "0" for row in range(1, 100)]]
+    told = fitted(scores, gold, calibration="none", abstain={"error": 0.05}).text()
+    found = re.search(r"1 wrong among 100 answers of other rows .* at most ([\d.]+)%", told)
+    # The share at which one mistake or none among 100 comes 5 times in 100.
+    assert found is not None and binom.cdf(1, 100, float(found[1]) / 100) == pytest.approx(0.05, abs=0.003)
+
+
+def test_biases_that_were_fitted_have_replaced_the_shares_of_training() -> None:
+    scores, gold = scored(400, bias=-1.0)
+    settings = DecideSettings.model_validate({"calibration": "vector", "priors": {"1": 0.05}})
+    told, untold = (
+        fit_decisions(scores, gold, LABELS, settings, seed=0, trained=shares) for shares in ({"0": 0.5, "1": 0.5}, None)
+    )
+    assert told.shift == untold.shift != (0.0, 0.0)
+
+
+def test_rows_for_label_sets_are_kept_from_calibration() -> None:
+    scores, gold = scored(301)
+    decisions = fitted(scores, gold, calibration="temperature", abstain={"coverage": 0.9})
+    assert decisions.rows == (151, 150)
+
+
+def test_a_probability_that_is_just_reached_is_enough() -> None:
+    level = np.zeros((1, 2), dtype=np.float32)
+    assert replace(Decisions.bare(LABELS), smallest=0.5).apply(level).answered.all()
+    sets = replace(Decisions.bare(LABELS), in_set=0.5).apply(level).sets
+    assert sets is not None and sets.all()
 
 
 def test_priors_correct_what_another_base_rate_breaks() -> None:
