@@ -170,7 +170,7 @@ class EnsembleSource:
     """Each with the folder of its run."""
     combination: "Combination"
     task: Task
-    decisions: ClassVar[None] = None
+    decisions: Decisions | None = None
 
 
 AnySource = Source | EnsembleSource
@@ -215,8 +215,6 @@ def _run_source(run: Run, task: str | Path | None, changes: Sequence[str]) -> An
         raise ConfigError(f"{run.folder}: is a run and has its own task; leave out --task.")
     deciding = [change for change in changes if _decides(change)]
     changes = [change for change in changes if not _decides(change)]
-    if deciding and run.kind == ENSEMBLE:
-        raise ConfigError(f"{run.folder}: is an ensemble, which decides by its members' bare scores; leave out decide.")
     if run.kind == LORA and changes:
         run = replace(run, settings=_changed(run, changes))
     elif run.kind == ENCODER:
@@ -248,13 +246,13 @@ def run_source(run: Run) -> AnySource:
     Raises:
         ArtifactError: It is an ensemble, and a member is missing or another one now; or its decisions are missing.
     """
-    return _ensemble_source(run) if run.kind == ENSEMBLE else with_decisions(run, run_decisions(run))
+    return with_decisions(run, run_decisions(run))
 
 
-def with_decisions(run: Run, decisions: Decisions | None) -> Source:
-    """Return what a run of any kind but an ensemble predicts with, and how it decides."""
-    source: Any = member_source(run)
-    found: Source = replace(source, decisions=decisions)
+def with_decisions(run: Run, decisions: Decisions | None) -> AnySource:
+    """Return what a run predicts with, and how it decides."""
+    source: Any = _ensemble_source(run) if run.kind == ENSEMBLE else member_source(run)
+    found: AnySource = replace(source, decisions=decisions)
     return found
 
 

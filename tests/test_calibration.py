@@ -41,6 +41,7 @@ def test_temperature_is_the_one_that_scipy_finds_and_near_the_true_one(labels: i
     assert 1 / found.factors[0] == pytest.approx(expected, rel=1e-3)
     assert 1 / found.factors[0] == pytest.approx(2.5, rel=0.1)
     assert len(set(found.factors)) == 1 and set(found.biases) == {0.0}
+    assert found.text().startswith(f"temperature {expected:.2g}")
 
 
 def test_vector_scaling_of_two_labels_is_logistic_regression_on_their_logarithms() -> None:

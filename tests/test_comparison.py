@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binom
 from typer.testing import CliRunner
@@ -194,6 +196,20 @@ def test_the_command_prints_a_verdict_and_writes_the_flipped_rows(tmp_path: Path
     for flip in flips:
         assert flip["gold"] == good.gold[int(flip["id"])] and flip["label_b"] == good.predicted[int(flip["id"])]
         assert flip["label_a"] != flip["label_b"]
+
+
+def test_rows_that_a_run_was_chosen_by_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = two_models(30, 5, (0.2, 0.2))
+    test, valid = write(tmp_path / "test.csv", one), tmp_path / "run" / "predictions-valid.parquet"
+    valid.parent.mkdir()
+    assert two.probs is not None
+    columns = {"id": two.ids, "label": two.predicted, "prob_0": two.probs[:, 0], "prob_1": two.probs[:, 1]}
+    pq.write_table(pa.table(columns | {"status": two.status, "gold": two.gold}), valid)
+    llm_clf.compare(test, valid)
+    assert "flatters it on them" not in capsys.readouterr().err
+    (tmp_path / "run" / "run.json").write_text("{}")
+    llm_clf.compare(test, valid)
+    assert f"Note: {valid}: a run chooses by its validation rows" in capsys.readouterr().err
 
 
 def test_without_out_nothing_is_written(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_the_run_folder_is_like_any_other(made: Path) -> None:
         "run.json",
         "metrics.json",
         "predictions-valid.parquet",
+        "scores-valid.npy",
         "ensemble.json",
         "trained-rows.npy",
     }

@@ -16,8 +16,9 @@ import llm_clf
 from llm_clf.baselines.ensemble import equal_weights
 from llm_clf.commands import folds as folds_module
 from llm_clf.commands import lora_training
+from llm_clf.commands.leaderboard import leaderboard_text
 from llm_clf.decisions.predictions import read_predictions
-from llm_clf.errors import ConfigError
+from llm_clf.errors import ArtifactError, ConfigError
 from llm_clf.files import partial_name
 from llm_clf.prompting.folds import fold_rows
 from llm_clf.prompting.prompts import Prompt, read_split
@@ -100,6 +101,8 @@ def test_the_run_holds_the_runs_of_its_folds(made: Path) -> None:
         "run.json",
         "metrics.json",
         "predictions-valid.parquet",
+        "scores-valid.npy",
+        "decisions.json",
         "predictions-folds.parquet",
         "ensemble.json",
         "trained-rows.npy",
@@ -156,9 +159,41 @@ def test_it_predicts_the_mean_of_its_folds_wherever_it_is(made: Path, tmp_path: 
     assert read_predictions(tmp_path / "valid.parquet").probs == pytest.approx(mean, abs=1e-6)
     assert llm_clf.verify(made / "run")["outcome"] == "equal"
     assert llm_clf.verify(made / "run" / "folds" / "2")["outcome"] == "equal"
-    board = llm_clf.leaderboard([made / "run"], data=made / "prompts")
+    board = llm_clf.leaderboard([made / "run"], data=made / "prompts", split="valid")
+    assert "run kept what was best on validation rows, which flatters it here" in leaderboard_text(board)
     files = [file for folder in ("run", "base") for file in (made / folder).rglob("*") if file.is_file()]
     assert board["runs"][0]["size_bytes"] == sum(file.stat().st_size for file in files)
+
+
+def test_what_is_asked_of_decisions_holds_for_the_mean_of_the_folds(made: Path, tmp_path: Path) -> None:
+    words: dict[str, Any] = {"task": made / "task.yaml", "out": tmp_path / "prompts", "split": "0.4,0.6,0"}
+    llm_clf.build_prompts([made / "rows.csv"], **words)
+    shutil.copytree(made / "base", tmp_path / "base")
+    settings, run = ["decide.objective=f1", "decide.calibration=temperature"], tmp_path / "run"
+    metrics = finetune(tmp_path, run, folds=2, set=[*FAST, *settings])
+    assert metrics["measured_on"] == "validation rows, cross-fitted in 5 folds" and "folds" in metrics
+    found = json_of(run / "decisions.json")
+    assert found["rule"] == "threshold" and found["calibration"]["method"] == "temperature"
+    assert found["rows"]["fitted"] == metrics["rows_with_gold"] >= 20
+    valid = tmp_path / "prompts" / "valid.jsonl"
+    llm_clf.predict(run, valid, out=tmp_path / "valid.parquet")
+    assert (tmp_path / "valid.parquet").read_bytes() == (run / "predictions-valid.parquet").read_bytes()
+    llm_clf.predict(run, valid, out=tmp_path / "same.parquet", set=settings)
+    assert (tmp_path / "same.parquet").read_bytes() == (run / "predictions-valid.parquet").read_bytes()
+    llm_clf.predict(run, valid, out=tmp_path / "prior.parquet", prior={"1": 0.01})
+    moved, bare = (read_predictions(tmp_path / f"{name}.parquet").probs for name in ("prior", "valid"))
+    assert moved is not None and bare is not None and (moved[:, 1] < bare[:, 1]).all()
+    (run / "decisions.json").unlink()
+    with pytest.raises(ArtifactError, match="decisions.json is missing from the run"):
+        llm_clf.predict(run, valid, out=tmp_path / "no.csv")
+
+
+def test_decisions_that_need_validation_rows_are_refused_without_any(made: Path, tmp_path: Path) -> None:
+    words: dict[str, Any] = {"task": made / "task.yaml", "out": tmp_path / "prompts", "split": "0.8,0,0.2"}
+    llm_clf.build_prompts([made / "rows.csv"], **words)
+    shutil.copytree(made / "base", tmp_path / "base")
+    with pytest.raises(ConfigError, match="decide.objective: is fitted on validation rows, and 0 of them have a label"):
+        finetune(tmp_path, tmp_path / "run", folds=2, set=[*FAST, "decide.objective=f1"])
 
 
 def test_without_validation_rows_it_has_the_figures_of_its_folds(
@@ -222,7 +257,8 @@ def test_a_killed_run_goes_on_with_the_fold_it_was_in(
     monkeypatch.setattr(lora_training, "_fit", noted)
     finetune(made, out, resume=True)
     assert len(fits) == trained and not unfinished.exists()
-    for file in ("predictions-folds.parquet", "predictions-valid.parquet", "ensemble.json", "metrics.json"):
+    predictions = ("predictions-folds.parquet", "predictions-valid.parquet", "scores-valid.npy")
+    for file in (*predictions, "ensemble.json", "decisions.json", "metrics.json"):
         assert (out / file).read_bytes() == (made / "run" / file).read_bytes(), file
 
 

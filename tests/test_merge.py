@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ import llm_clf
 from llm_clf import cli
 from llm_clf.commands import merge as merge_module
 from llm_clf.config import LoraSettings, ModelSettings
+from llm_clf.decisions.decisions import load_decisions
+from llm_clf.decisions.rules import Threshold
 from llm_clf.errors import ArtifactError, ConfigError, DataError, LlmClfError
-from llm_clf.files import partial_name
+from llm_clf.files import file_hash, partial_name
 from llm_clf.models.adapters import attach_adapter, merge_adapter, new_adapter, save_adapter
 from llm_clf.models.bases import base_identity, load_model, load_tokenizer
 from llm_clf.models.devices import DTYPES
@@ -410,6 +413,23 @@ def test_metrics_are_those_of_the_run_and_of_a_prediction_with_the_merged_model(
     stored = json.loads((run / "metrics.json").read_text())
     assert metrics["run"] == {name: stored[name] for name in metrics["run"]}
     assert metrics["run"]["accuracy"] > 0.5 and metrics["run"]["rows_with_gold"] == 18
+
+
+def test_decisions_that_stay_behind_are_told_of(
+    train: Train, make_base: MakeBase, prompts: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(train(make_base("glm")), run)
+    assert "holds no decisions" not in command(["merge", run, "--data", prompts, "--out", tmp_path / "bare"]).stderr
+    assert facts_of(tmp_path / "bare")["decisions"] is None
+    decisions = replace(load_decisions(run / "decisions.json", ("0", "1")), rule=Threshold(0.9))
+    decisions.save(run / "decisions.json")
+    facts = json.loads((run / "run.json").read_text())
+    facts["decisions"]["hash"] = file_hash(run / "decisions.json")
+    (run / "run.json").write_text(json.dumps(facts))
+    done = command(["merge", run, "--data", prompts, "--out", tmp_path / "model"])
+    assert "a model folder holds no decisions" in done.stderr
+    assert facts_of(tmp_path / "model")["decisions"] == decisions.facts()
 
 
 def probabilities_of(folder: Path) -> np.ndarray:

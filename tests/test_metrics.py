@@ -205,6 +205,7 @@ def test_evaluate_measures_a_predictions_file(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "new" / "report" / "metrics.json").read_text(encoding="utf-8")) == metrics
     assert metrics.pop("intervals")["level"] == 0.95
     assert metrics["log_loss"] == pytest.approx(two_labels()["log_loss"])
+    assert metrics.pop("ece") == pytest.approx((0.1 + 0.2 + 0.6 + 0.7 + 0.2 + 0.6) / 6)
     assert {k: v for k, v in metrics.items() if k != "log_loss"} == {
         k: v for k, v in two_labels().items() if k != "log_loss"
     }

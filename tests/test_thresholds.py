@@ -100,6 +100,11 @@ def test_least_cost_by_hand() -> None:
     assert LeastCost(((0.0, 1.0), (1.0, 0.0))).choose(probs).tolist() == [0, 0, 0]
 
 
+def test_a_threshold_belongs_to_the_second_label() -> None:
+    probs = np.array([[0.5, 0.5], [0.75, 0.25]], dtype=np.float32)
+    assert Threshold(0.5).choose(probs).tolist() == [1, 0] and Threshold(0.25).choose(probs).tolist() == [1, 1]
+
+
 def test_rules_come_back_from_what_they_say() -> None:
     for rule, labels in (
         (MostProbable(), 3),
@@ -124,13 +129,36 @@ def test_abstention_by_a_target_error_answers_as_much_as_it_can() -> None:
 
 
 def test_conformal_probability_by_hand() -> None:
-    # Nine rows: ceil(10 * 0.9) = 9, the least probable gold label; ceil(10 * 0.8) = 8, the second least.
-    own = np.array([0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], dtype=np.float32)
+    # Nine rows: ceil(10 * 0.9) = 9, the least probable gold label; ceil(10 * 0.8) = 8, the second least. Then half way
+    # to the next lower probability: 1 - 0.72 below 0.3, and 0.3 below 0.4.
+    own = np.array([0.95, 0.9, 0.85, 0.8, 0.72, 0.58, 0.5, 0.4, 0.3], dtype=np.float32)
     probs = np.stack([1 - own, own], axis=1)
     truth = np.ones(9, dtype=np.int64)
-    assert conformal_probability(probs, truth, 0.9) == pytest.approx(0.3)
-    assert conformal_probability(probs, truth, 0.8) == pytest.approx(0.4)
+    assert conformal_probability(probs, truth, 0.9) == pytest.approx(0.29)
+    assert conformal_probability(probs, truth, 0.8) == pytest.approx(0.35)
     assert conformal_probability(probs, truth, 0.95) == 0.0
+
+
+def test_no_row_lies_on_a_threshold_so_that_rounding_moves_none() -> None:
+    probs, truth = rows_of(80, 2, 4, shares=(0.7, 0.3))
+    ones = np.ones(80)
+    bounds = [
+        best_f1_threshold(probs, truth, ones).threshold,
+        precision_threshold(probs, truth, ones, 0.6)[0].threshold,
+        recall_threshold(probs, truth, ones, 0.8).threshold,
+        confidence_for_error(probs.max(axis=1).astype(float), probs.argmax(axis=1) == truth, ones, 0.1)[0],
+        conformal_probability(probs, truth, 0.9),
+    ]
+    for bound in bounds:
+        assert abs(probs.astype(float) - bound).min() > 1e-3
+
+
+def test_of_several_thresholds_with_the_best_f1_the_one_nearest_to_one_half() -> None:
+    # 1 of 2, then 2 of 4 in front: F1 is 2/3 at 0.85 and at 0.45.
+    second = np.array([0.9, 0.8, 0.7, 0.5, 0.4, 0.1])
+    truth = np.array([1, 0, 0, 1, 0, 0])
+    probs = np.stack([1 - second, second], axis=1).astype(np.float32)
+    assert best_f1_threshold(probs, truth, np.ones(6)).threshold == pytest.approx(0.45)
 
 
 @pytest.mark.parametrize(("coverage", "labels"), [(0.9, 4), (0.8, 2), (0.95, 4)])

@@ -1,14 +1,17 @@
 """Decisions in a run: fitted, stored, applied by predict as in validation, refitted for other settings, refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
+from scipy.stats import binom
 from sklearn.metrics import f1_score
 from typer.testing import CliRunner, Result
 
@@ -187,6 +190,43 @@ def test_priors_move_probabilities_as_bayes_says() -> None:
     np.testing.assert_allclose(same.apply(scores).probs, before, atol=1e-6)
 
 
+def test_the_bound_of_a_target_error_is_said_to_count_rows_as_they_are() -> None:
+    scores, gold = scored(300)
+    assert "by decide.priors" not in fitted(scores, gold, abstain={"error": 0.2}).text()
+    assert "by decide.priors" in fitted(scores, gold, abstain={"error": 0.2}, priors={"1": 0.1}).text()
+
+
+def test_the_bound_of_a_target_error_is_that_of_the_binomial_distribution() -> None:
+    scores = np.log(np.tile(np.array([[0.9, 0.1], [0.1, 0.9]], dtype=np.float32), (50, 1)))
+    gold = ["1", *["1" if row % 2 else "0" for row in range(1, 100)]]
+    told = fitted(scores, gold, calibration="none", abstain={"error": 0.05}).text()
+    found = re.search(r"1 wrong among 100 answers of other rows .* at most ([\d.]+)%", told)
+    # The share at which one mistake or none among 100 comes 5 times in 100.
+    assert found is not None and binom.cdf(1, 100, float(found[1]) / 100) == pytest.approx(0.05, abs=0.003)
+
+
+def test_biases_that_were_fitted_have_replaced_the_shares_of_training() -> None:
+    scores, gold = scored(400, bias=-1.0)
+    settings = DecideSettings.model_validate({"calibration": "vector", "priors": {"1": 0.05}})
+    told, untold = (
+        fit_decisions(scores, gold, LABELS, settings, seed=0, trained=shares) for shares in ({"0": 0.5, "1": 0.5}, None)
+    )
+    assert told.shift == untold.shift != (0.0, 0.0)
+
+
+def test_rows_for_label_sets_are_kept_from_calibration() -> None:
+    scores, gold = scored(301)
+    decisions = fitted(scores, gold, calibration="temperature", abstain={"coverage": 0.9})
+    assert decisions.rows == (151, 150)
+
+
+def test_a_probability_that_is_just_reached_is_enough() -> None:
+    level = np.zeros((1, 2), dtype=np.float32)
+    assert replace(Decisions.bare(LABELS), smallest=0.5).apply(level).answered.all()
+    sets = replace(Decisions.bare(LABELS), in_set=0.5).apply(level).sets
+    assert sets is not None and sets.all()
+
+
 def test_priors_correct_what_another_base_rate_breaks() -> None:
     scores, gold = scored(3000)
     fresh, labels = scored(30000, seed=8)
@@ -219,6 +259,9 @@ def test_shares_of_training_are_those_that_the_loss_weighed() -> None:
     assert trained_shares(counts, train.model_copy(update={"sampling": "balanced"})) == {"0": 0.5, "1": 0.5}
     assert trained_shares(counts, train.model_copy(update={"class_weights": {"1": 9.0}})) == {"0": 0.5, "1": 0.5}
     assert trained_shares(None, train) is None
+    # A label that no row has was not trained on, however the others are weighed.
+    balanced = train.model_copy(update={"class_weights": "balanced"})
+    assert trained_shares({"0": 90, "1": 10, "2": 0}, balanced) == {"0": 0.5, "1": 0.5, "2": 0.0}
 
 
 REFUSED = {
@@ -536,13 +579,37 @@ def test_settings_that_do_not_fit_are_refused_before_training(noisy: Path, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bare_adapter_and_an_ensemble_have_no_decisions_to_fit(tfidf: Train, noisy: Path, tmp_path: Path) -> None:
-    runs = [tfidf(), tfidf("decide.calibration=none")]
-    llm_clf.ensemble(runs, data=noisy, out=tmp_path / "ensemble")
-    with pytest.raises(ConfigError, match="is an ensemble, which decides by its members' bare scores"):
-        llm_clf.predict(
-            tmp_path / "ensemble", noisy / "test.jsonl", out=tmp_path / "p.csv", set=["decide.objective=f1"]
-        )
+def test_an_ensemble_is_decided_by_rows_that_did_not_choose_its_weights(
+    tfidf: Train, noisy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rows = tmp_path / "ensemble", noisy / "test.jsonl"
+    runs = [tfidf(), tfidf("train.seed=1")]
+    metrics = llm_clf.ensemble(runs, data=noisy, out=run, method="stacking")
+    # Of each row by what was chosen without it, as the cross-fitted figures are.
+    held_out, gold = np.load(run / "scores-valid.npy"), read_predictions(run / "predictions-valid.parquet").gold
+    probs = probabilities(held_out)
+    losses = -np.log(probs[np.arange(len(gold)), np.array(gold, dtype=int)])
+    assert losses.mean() == pytest.approx(metrics["cross_fitted"]["log_loss"], rel=1e-5) != metrics["log_loss"]
+    llm_clf.predict(run, rows, out=tmp_path / "p.csv", set=["decide.objective=f1", "decide.calibration=temperature"])
+    assert "cross-fitted in 5 folds" in capsys.readouterr().err
+    settings = DecideSettings(objective="f1", calibration="temperature")
+    expected = fit_decisions(held_out, gold, LABELS, settings, seed=42)
+    llm_clf.predict(run, rows, out=tmp_path / "bare.parquet")
+    llm_clf.predict(run, rows, out=tmp_path / "raw.parquet", raw=True)
+    assert (tmp_path / "bare.parquet").read_bytes() == (tmp_path / "raw.parquet").read_bytes()
+    bare, found = read_predictions(tmp_path / "bare.parquet"), read_predictions(tmp_path / "p.csv")
+    assert bare.probs is not None and found.probs is not None
+    decided = expected.apply(np.log(bare.probs))
+    assert found.probs == pytest.approx(decided.probs, abs=1e-5)
+    assert found.predicted == [LABELS[choice] for choice in decided.choices]
+    with pytest.raises(ConfigError, match="is an ensemble, and the shares of labels that its members were trained"):
+        llm_clf.predict(run, rows, out=tmp_path / "no.csv", prior={"1": 0.1})
+    (run / "scores-valid.npy").unlink()
+    with pytest.raises(ArtifactError, match=r"has no scores-valid\.npy, .* Make it again"):
+        llm_clf.predict(run, rows, out=tmp_path / "no.csv", set=["decide.objective=f1"])
+
+
+def test_a_bare_adapter_has_no_decisions_to_fit(noisy: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is a bare adapter, without validation rows"):

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_clf.config import METRICS
+from llm_clf.console import say
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.errors import ConfigError
 from llm_clf.evaluation.comparison import Flip, compare_tables, comparison_facts
 from llm_clf.evaluation.intervals import LEVEL, RESAMPLES, SEED
 from llm_clf.files import path_of, replacing, write_json
-from llm_clf.runs import require_no_run
+from llm_clf.runs import VALID_PREDICTIONS, is_run, require_no_run
 
 COMPARISON, FLIPS = "comparison.json", "flips.csv"
 
@@ -34,6 +35,12 @@ def compare(a: str | Path, b: str | Path, *, metric: str = "f1", out: str | Path
     if folder is not None:
         require_no_run(folder, COMPARISON)
     compared = compare_tables(read_predictions(path_of(a)), read_predictions(path_of(b)), (str(a), str(b)))
+    for file in map(path_of, (a, b)):
+        if file.name == VALID_PREDICTIONS and is_run(file.parent):
+            say(
+                f"Note: {file}: a run chooses by its validation rows (checkpoint, calibration, thresholds), which "
+                "flatters it on them. Test rows say more."
+            )
     facts = {"a": str(a), "b": str(b), "level": LEVEL, "resamples": RESAMPLES, "seed": SEED}
     facts |= comparison_facts(compared, metric)
     if folder is not None:

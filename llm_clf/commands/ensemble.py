@@ -26,6 +26,7 @@ from llm_clf.commands.scoring import score_members, survey_rows
 from llm_clf.console import say, table
 from llm_clf.decisions.decide import decide, probabilities
 from llm_clf.decisions.predictions import OK, PredictionTable, read_predictions
+from llm_clf.decisions.stored import save_scores
 from llm_clf.engine.scores import AllScored
 from llm_clf.errors import ConfigError, DataError
 from llm_clf.evaluation.comparison import LOWER_IS_BETTER, compare_tables, comparison_facts, verdict
@@ -50,6 +51,7 @@ from llm_clf.runs import (
     KINDS,
     METRICS,
     VALID_PREDICTIONS,
+    VALID_SCORES,
     Run,
     commit,
     count_trained_rows,
@@ -235,6 +237,7 @@ def _make_run(inputs: _Inputs, method: Method, folder: Path, place: Path, *, res
     if inputs.valid:
         scored = AllScored(combination.combine(scores).astype(np.float32), cut, {})
         write_scored(folder / VALID_PREDICTIONS, inputs.valid, scored, inputs.task)
+        save_scores(folder / VALID_SCORES, _unseen_scores(inputs, chosen, scored.scores))
         _measure(inputs, scores, chosen, folder)
     else:
         say("No validation rows: all members weigh the same, and nothing is measured.")
@@ -276,6 +279,14 @@ def _choose(inputs: _Inputs, method: Method, scores: np.ndarray) -> Chosen | Non
         f"cross-fitted in {FOLDS} folds: each row is scored by what was chosen without it."
     )
     return chosen
+
+
+def _unseen_scores(inputs: _Inputs, chosen: Chosen | None, scores: np.ndarray) -> np.ndarray:
+    """Return scores by which decisions can be fitted: each labelled row's by weights that were chosen without it."""
+    found = scores.copy()
+    if chosen is not None:
+        found[inputs.labelled] = chosen.held_out
+    return found
 
 
 def _measure(inputs: _Inputs, scores: np.ndarray, chosen: Chosen | None, folder: Path) -> None:

@@ -14,6 +14,7 @@ from llm_clf.baselines.ensemble import equal_weights
 from llm_clf.commands.parity import scored_with
 from llm_clf.commands.predict import write_scored
 from llm_clf.commands.scoring import score_members, score_rows, survey_rows
+from llm_clf.commands.validation import decide_validation
 from llm_clf.config import Settings, settings_to_dict
 from llm_clf.console import say, table
 from llm_clf.decisions.decide import decide, probabilities
@@ -22,7 +23,7 @@ from llm_clf.engine.scores import AllScored
 from llm_clf.errors import ConfigError
 from llm_clf.evaluation.intervals import measure
 from llm_clf.evaluation.metrics import HEADLINES, compute_metrics
-from llm_clf.evaluation.tables import interval_text, metrics_text
+from llm_clf.evaluation.tables import interval_text
 from llm_clf.files import file_hash, write_json
 from llm_clf.prompting.folds import fold_rows
 from llm_clf.prompting.training_data import TrainingData
@@ -34,7 +35,6 @@ from llm_clf.runs import (
     INPUTS,
     KINDS,
     METRICS,
-    VALID_PREDICTIONS,
     Run,
     commit,
     is_run,
@@ -42,6 +42,7 @@ from llm_clf.runs import (
     package_versions,
     prompts_place,
     require_same_inputs,
+    run_metrics,
     save_facts,
     save_inputs,
     save_trained_rows,
@@ -98,7 +99,8 @@ def run_folds(count: int, settings: Settings, data: TrainingData, folder: Path, 
         scores[held_out], cut[held_out] = found.scores, found.cut
     members = [load_run(folder / FOLDS / str(number)) for number in range(1, count + 1)]
     write_scored(folder / FOLD_PREDICTIONS, data.train, AllScored(scores, cut, {}), data.task)
-    learned = _write_ensemble(members, settings, data, folder)
+    learned, scored = _write_ensemble(members, settings, data, folder)
+    decided = decide_validation(settings, data.task, data.valid, scored, folder, counts=data.counts)
     _measure(folds, scores, data, folder)
     save_facts(
         folder,
@@ -106,10 +108,16 @@ def run_folds(count: int, settings: Settings, data: TrainingData, folder: Path, 
             "kind": ENSEMBLE,
             "name": folder.name.removesuffix(".partial"),
             "ensemble": learned,
+            "decisions": decided,
             "base": base,
             "task": task_facts(data.task),
             "folds": {"count": count, "rows": [len(fold) for fold in folds]},
-            "rows": {"train": len(data.train), "train_unlabelled": data.unlabelled, "valid": len(data.valid)},
+            "rows": {
+                "train": len(data.train),
+                "train_unlabelled": data.unlabelled,
+                "valid": len(data.valid),
+                "labels": data.counts,
+            },
             "training": {"seconds": round(sum(run.facts["training"]["seconds"] for run in members), 2)},
             "prompts": data.hashes,
             "data": prompts_place(data.folder, folder),
@@ -170,8 +178,10 @@ def _score_held_out(run: Run, data: TrainingData, held_out: Sequence[int], journ
     return score_rows(member_source(run), rows, survey_rows(rows), journal=journal, resume=True).scored
 
 
-def _write_ensemble(members: Sequence[Run], settings: Settings, data: TrainingData, folder: Path) -> dict[str, Any]:
-    """Write what predict averages, and how it does on the validation rows; return what run.json says of it.
+def _write_ensemble(
+    members: Sequence[Run], settings: Settings, data: TrainingData, folder: Path
+) -> tuple[dict[str, Any], AllScored | None]:
+    """Write what predict averages; return what run.json says of it, and the validation rows as it scores them.
 
     All members weigh the same: nothing is chosen, so no row is used up by it.
     """
@@ -180,6 +190,7 @@ def _write_ensemble(members: Sequence[Run], settings: Settings, data: TrainingDa
     save_inputs(folder, data.task, settings_to_dict(settings))
     write_json(learned, {"members": stored, **combination.facts()})
     save_trained_rows(folder, data.train)
+    scored = None
     if data.valid:
         say("\nThe mean of all folds, on the validation rows:")
         named = [(run.folder, member_source(run)) for run in members]
@@ -187,12 +198,12 @@ def _write_ensemble(members: Sequence[Run], settings: Settings, data: TrainingDa
         parts = score_members(named, data.valid, survey_rows(data.valid), journal=journal, resume=True)
         scores = combination.combine(np.stack([part.scored.scores for part in parts]))
         cut = np.any([part.scored.cut for part in parts], axis=0)
-        write_scored(folder / VALID_PREDICTIONS, data.valid, AllScored(scores.astype(np.float32), cut, {}), data.task)
-    return {"method": combination.method, "members": stored, "hash": file_hash(learned)}
+        scored = AllScored(scores.astype(np.float32), cut, {})
+    return {"method": combination.method, "members": stored, "hash": file_hash(learned)}, scored
 
 
 def _measure(folds: Sequence[Sequence[int]], scores: np.ndarray, data: TrainingData, folder: Path) -> None:
-    """Write metrics.json and show it: of the validation rows, and under `folds` of rows that a model did not see."""
+    """Add to metrics.json, under `folds`, what was measured on rows that a model did not see, and show it."""
     gold = [prompt.label or "" for prompt in data.train]
     each = []
     for fold in folds:
@@ -201,12 +212,11 @@ def _measure(folds: Sequence[Sequence[int]], scores: np.ndarray, data: TrainingD
         each.append(compute_metrics([gold[row] for row in fold], predicted, probs, data.task.names))
     spread = {name: _spread([found[name] for found in each]) for name in HEADLINES}
     pooled = measure(read_predictions(folder / FOLD_PREDICTIONS))
-    metrics: dict[str, Any] = {}
-    if data.valid:
-        metrics = measure(read_predictions(folder / VALID_PREDICTIONS)) | {"in_sample": False}
-        say("Validation rows, the mean of all folds; they chose the checkpoints:\n" + metrics_text(metrics))
-    write_json(folder / METRICS, metrics | {"folds": {"spread": spread, "pooled": pooled, "each": each}})
-    say(f"\nTraining rows, each by the model of the {len(folds)} that did not see it:\n" + _text(spread, pooled))
+    write_json(folder / METRICS, run_metrics(folder) | {"folds": {"spread": spread, "pooled": pooled, "each": each}})
+    say(
+        f"\nTraining rows, each by the model of the {len(folds)} that did not see it, as scored, without decisions:\n"
+        + _text(spread, pooled)
+    )
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:

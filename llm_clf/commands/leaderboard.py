@@ -192,6 +192,7 @@ def _ranked(
             {
                 "run": str(run.folder),
                 "kind": run.kind,
+                "trained": [one["kind"] for one in run.facts.get("ensemble", {}).get("members", [{"kind": run.kind}])],
                 "against_best": _against(best, predictions, metric, is_best=number == order[0]),
                 "metrics": metrics[number],
                 "rows_per_second": measured.rows_per_second,
@@ -227,7 +228,7 @@ def leaderboard_text(found: dict[str, Any]) -> str:
         seen = entry["rows_seen_in_training"]
         if seen:
             lines.append(f"Note: {entry['run']} learned from {seen:,} of these rows, which flatters it.")
-        if found["split"] == "valid" and KINDS[entry["kind"]].chooses_by_validation:
+        if found["split"] == "valid" and any(KINDS[kind].chooses_by_validation for kind in entry["trained"]):
             lines.append(f"Note: {entry['run']} kept what was best on validation rows, which flatters it here.")
     fitted = [entry["run"] for entry in found["runs"] if entry["decisions_fitted"]]
     if found["split"] == "valid" and fitted:

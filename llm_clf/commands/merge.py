@@ -13,6 +13,7 @@ from zlib import crc32
 from llm_clf.config import Settings
 from llm_clf.config_loading import load_settings
 from llm_clf.console import say
+from llm_clf.decisions.decisions import Decisions
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.decisions.stored import run_decisions
 from llm_clf.errors import ArtifactError, ConfigError, DataError
@@ -92,6 +93,12 @@ def merge(
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
     say(f"The model is in {place}.")
+    if facts["decisions"] is not None:
+        say(
+            "Note: a model folder holds no decisions. The run's calibration, threshold or abstention are in none of "
+            "its weights: whoever loads it gets bare probabilities. merge.json tells what they were (`decisions`); the "
+            "figures and the predictions beside it are with them."
+        )
     return facts
 
 
@@ -165,7 +172,7 @@ def _merge(run: Run, valid: list[Prompt], folder: Path, name: str) -> dict[str, 
 
     clock = time.monotonic()
     quiet_libraries()
-    settings = run.settings
+    settings, decisions = run.settings, run_decisions(run)
     choose_dtype(settings.model.dtype, choose_device())
     require_same_base(run)
     folder.mkdir(parents=True)
@@ -183,9 +190,10 @@ def _merge(run: Run, valid: list[Prompt], folder: Path, name: str) -> dict[str, 
         "trained_quantization": load_settings([run.folder / CONFIG]).model.quantization,
         "task": task_facts(run.task),
         "prompts": {"valid": run.facts.get("prompts", {}).get("valid")},
+        "decisions": decisions.facts() if decisions is not None and not decisions.plain else None,
         "versions": package_versions(),
         "commit": commit(),
-        **_measure(run, valid, settings.model_copy(update={"model": merged}), folder),
+        **_measure(run, valid, settings.model_copy(update={"model": merged}), folder, decisions),
         "seconds": round(time.monotonic() - clock, 2),
     }
     write_json(folder / MERGE, facts)
@@ -263,7 +271,9 @@ def _sums(model: Any) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _measure(run: Run, valid: list[Prompt], settings: Settings, folder: Path) -> dict[str, Any]:
+def _measure(
+    run: Run, valid: list[Prompt], settings: Settings, folder: Path, decisions: Decisions | None
+) -> dict[str, Any]:
     """Score the validation rows with the merged model; return its metrics, the run's, and what changed."""
     from llm_clf.commands.predict import predict_prompts
 
@@ -271,7 +281,7 @@ def _measure(run: Run, valid: list[Prompt], settings: Settings, folder: Path) ->
         say("The run has no validation rows: nothing is measured.")
         return {"metrics": None, "changes": None}
     # Decided as the run decides, so that what differs is the merging.
-    source = LoraSource(None, run.task, settings, None, run_decisions(run))
+    source = LoraSource(None, run.task, settings, None, decisions)
     predict_prompts(source, valid, folder / VALID_PREDICTIONS)
     before, after = (read_predictions(place / VALID_PREDICTIONS) for place in (run.folder, folder))
     if before.ids != after.ids or before.labels != after.labels or before.probs is None or after.probs is None:

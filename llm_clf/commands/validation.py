@@ -150,7 +150,7 @@ def decide_validation(
     decisions = fit_decisions(scores, gold, task.names, settings.decide, seed=seed, trained=trained)
     decisions.save(folder / DECISIONS)
     if scored is None:
-        say("No validation rows: nothing is measured.")
+        say("No validation rows: nothing is measured on them.")
         return {"hash": file_hash(folder / DECISIONS)}
     save_scores(folder / VALID_SCORES, scores)
     write_scored(folder / VALID_PREDICTIONS, prompts, scored, task, decisions)

@@ -68,6 +68,12 @@ class Decisions:
         """Whether anything in it was fitted to validation rows."""
         return self.rows != (0, 0)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it gives what comes without decisions: bare probabilities and the most probable label."""
+        found = (self.calibration.method, self.rule, self.shift, self.smallest, self.in_set)
+        return found == ("none", MostProbable(), None, None, None)
+
     def calibrated(self, scores: NDArray[np.floating[Any]]) -> Probs:
         """Return probabilities for a base rate like that of training, fp32, shape `(rows, labels)`."""
         if self.calibration.method == "none":

@@ -223,12 +223,14 @@ def _fit(
     elif isinstance(settings.abstain, ErrorTarget):
         smallest, note = _fit_error(settings.abstain.error, rule, probs, truth[rows], weights)
         notes.append(note)
+        if deployed is not None:
+            notes.append("Note: that share counts rows by decide.priors; the numbers of rows and the bound do not.")
     elif isinstance(settings.abstain, CoverageTarget):
         in_set = conformal_probability(found.apply(scores[apart]).probs, truth[apart], settings.abstain.coverage)
         notes.append(
             f"Label sets: labels of probability {in_set:.4g} and more; a set holds the right label of "
-            f"{settings.abstain.coverage:.4g} of rows like the validation rows, by {len(apart):,} of them that served "
-            "for nothing else."
+            f"{settings.abstain.coverage:.4g} of rows like the validation rows, by {len(apart):,} of them that no "
+            "calibration has seen."
         )
     asked = [name for name, wanted in _fitted_parts(settings).items() if wanted]
     chosen = asked or calibration.method != "none"

@@ -14,9 +14,9 @@ from llm_clf.decisions.decisions import Decisions, load_decisions
 from llm_clf.decisions.fitting import fit_decisions
 from llm_clf.decisions.predictions import read_predictions
 from llm_clf.decisions.rules import logs_of
-from llm_clf.errors import ArtifactError
+from llm_clf.errors import ArtifactError, ConfigError
 from llm_clf.files import file_hash, replacing
-from llm_clf.runs import CONFIG, DECISIONS, KINDS, VALID_PREDICTIONS, VALID_SCORES, Run
+from llm_clf.runs import CONFIG, DECISIONS, ENSEMBLE, KINDS, VALID_PREDICTIONS, VALID_SCORES, Run
 
 
 def run_decisions(run: Run) -> Decisions | None:
@@ -56,7 +56,7 @@ def refit(run: Run, changes: Sequence[str]) -> Refitted:
     """Fit decisions on the validation rows of a run, with some of its settings changed.
 
     Args:
-        run: Of a kind whose settings have a section `decide`.
+        run: Of any kind.
         changes: As `decide.key=value`.
 
     Raises:
@@ -65,7 +65,13 @@ def refit(run: Run, changes: Sequence[str]) -> Refitted:
     """
     settings: Any = load_tree(KINDS[run.kind].settings, [run.folder / CONFIG], changes)
     scores, gold = _validation_rows(run)
-    seed, trained = settings.train.seed, trained_shares(run.facts.get("rows", {}).get("labels"), settings.train)
+    counts = run.facts.get("rows", {}).get("labels")
+    if run.kind == ENSEMBLE and counts is None and settings.decide.priors is not None:
+        raise ConfigError(
+            f"decide.priors: {run.folder} is an ensemble, and the shares of labels that its members were trained for "
+            "may differ, so nothing says what to correct. Leave it out, or predict with one of the members."
+        )
+    seed, trained = settings.train.seed, trained_shares(counts, settings.train)
     decisions = fit_decisions(scores, gold, run.task.names, settings.decide, seed=seed, trained=trained)
     return Refitted(decisions, scores, gold, settings.decide, seed, trained)
 
@@ -81,7 +87,8 @@ def trained_shares(counts: Mapping[str, int] | None, train: Any) -> dict[str, fl
         return None
     weights, even = train.class_weights, getattr(train, "sampling", "shuffled") == "balanced"
     if weights == "balanced" or even:
-        return {label: 1 / len(counts) for label in counts}
+        counts = {label: min(count, 1) for label, count in counts.items()}
+        weights = None
     weighed = {label: count * (weights or {}).get(label, 1.0) for label, count in counts.items()}
     return {label: value / sum(weighed.values()) for label, value in weighed.items()}
 
@@ -100,6 +107,12 @@ def _validation_rows(run: Run) -> tuple[NDArray[Any], list[str | None]]:
     table = read_predictions(predictions)
     gold = [label or None for label in table.gold]
     if not file.is_file():
+        if run.kind == ENSEMBLE and "folds" not in run.facts:
+            # What it stores of these rows is by weights that they chose.
+            raise ArtifactError(
+                f"{run.folder}: has no {VALID_SCORES}, by which decisions are fitted: it was made by an older version, "
+                "or not copied whole. Make it again."
+            )
         # Runs of older versions have bare probabilities there.
         if run.facts.get("decisions") is not None or table.probs is None:
             raise ArtifactError(f"{run.folder}: {VALID_SCORES} is missing from the run. Copy the whole folder.")

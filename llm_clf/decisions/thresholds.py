@@ -194,7 +194,8 @@ def conformal_probability(probs: Probs, truth: Indices, coverage: float) -> floa
     A set holds the gold label of a new row with a probability of at least `coverage`, whatever the model, if the row
     comes from where these came from and these served for nothing else. A row's score is 1 - the probability of its gold
     label (LAC, [Sadinle et al. 2019](https://arxiv.org/abs/1609.00451)); the bound is the score at the place
-    ceil((rows + 1) * coverage), from the smallest on.
+    ceil((rows + 1) * coverage), from the smallest on. What is returned lies half way below it to the next probability
+    of any label, so that rounding takes no label out of a set.
 
     Args:
         probs: Shape `(rows, labels)`.
@@ -208,4 +209,5 @@ def conformal_probability(probs: Probs, truth: Indices, coverage: float) -> floa
     if rank > len(truth):
         return 0.0
     own = np.sort(probs[np.arange(len(truth)), truth].astype(np.float64))
-    return float(own[len(truth) - rank])
+    bound = own[len(truth) - rank]
+    return float(bound + probs[probs < bound].max(initial=0.0)) / 2

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_clf.evaluation.intervals import Floats, Interval, Judged
+from llm_clf.evaluation.reliability import expected_calibration_error
 
 BINS = 10
 HISTOGRAM_BINS = 20
@@ -47,12 +48,8 @@ class Reliability:
     """What the probability is of."""
     bins: list[Bin]
     """Those with rows in them."""
-
-    @property
-    def error(self) -> float:
-        """Return the expected calibration error: the mean distance of a bin's share from its mean, by rows."""
-        rows = sum(one.rows for one in self.bins)
-        return sum(one.rows * abs(one.share - one.mean) for one in self.bins) / rows
+    error: float
+    """Expected calibration error, as metrics.json has it: of the most probable label, in bins of as many rows each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +130,7 @@ def reliability(judged: Judged) -> Reliability:
         bins.append(
             Bin(place / BINS, (place + 1) / BINS, rows, float(values[own].mean()), hits / rows, wilson(hits, rows))
         )
-    return Reliability(of, bins)
+    return Reliability(of, bins, expected_calibration_error(judged.gold, probs))
 
 
 def wilson(hits: int, rows: int) -> Interval:

@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 
 from llm_clf.decisions.predictions import ABSTAINED, PredictionTable
 from llm_clf.evaluation.metrics import HEADLINES, NO_LABEL, compute_metrics, own_losses
+from llm_clf.evaluation.reliability import expected_calibration_error
 
 LEVEL = 0.95
 RESAMPLES = 2_000
@@ -67,7 +68,10 @@ def measure(table: PredictionTable) -> dict[str, Any]:
     metrics = compute_metrics(table.gold, table.predicted, table.probs, table.labels, table.status)
     if not metrics["rows_with_gold"]:
         return metrics
-    (drawn,) = resample([Judged.of(table)])
+    judged = Judged.of(table)
+    if judged.probs is not None:
+        metrics["ece"] = expected_calibration_error(judged.gold, judged.probs)
+    (drawn,) = resample([judged])
     metrics["intervals"] = {
         "level": LEVEL,
         "resamples": RESAMPLES,

@@ -20,6 +20,7 @@ import numpy as np
 from llm_clf.evaluation import curves
 from llm_clf.evaluation.intervals import Judged
 from llm_clf.evaluation.learning import LearningCurves
+from llm_clf.evaluation.reliability import BINS as ERROR_BINS
 from llm_clf.evaluation.texts import shorten_text, visible
 
 INK, MUTED, GRID = "#1b1f24", "#5b6570", "#d5dae0"
@@ -195,9 +196,9 @@ def _draw_reliability(judged: Judged, figure: Any) -> str:
     below.set(xlabel=f"probability of {_what(found.of)}", ylabel="rows", ylim=(0, 1.35 * max(rows)))
     below.grid(visible=False)
     return (
-        f"Of the rows with a probability near 0.8, 80% should be right: points on the dotted line. Expected "
-        f"calibration error {found.error:.3f} in {curves.BINS} bins; bars are 95% intervals, below are the rows of "
-        "each bin."
+        "Of the rows with a probability near 0.8, 80% should be right: points on the dotted line. Bars are 95% "
+        f"intervals, below are the rows of each bin. Expected calibration error {found.error:.3f} (of the most "
+        f"probable label, in {ERROR_BINS} bins of as many rows each)."
     )
 
 

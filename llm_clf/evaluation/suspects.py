@@ -1,7 +1,8 @@
 """Labels that look wrong, by confident learning.
 
-A row is suspected where a model that did not learn from it finds another label more probable, as surely as it is of
-that label's own rows on average: Northcutt, Jiang and Chuang, https://arxiv.org/abs/1911.00068, through cleanlab.
+Rows are counted in which a model that did not learn from them is as sure of another label as it is of that label's own
+rows on average. So many labels of each kind are taken to be wrong: those of the rows in which the other label is most
+ahead of the gold one (Northcutt, Jiang and Chuang, https://arxiv.org/abs/1911.00068, through cleanlab).
 """
 
 import csv
