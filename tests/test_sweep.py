@@ -630,7 +630,10 @@ def test_ctrl_c_says_how_to_go_on_and_kills_at_random_moments_lose_nothing(
         started.send_signal(signal.SIGINT if number == 0 else signal.SIGKILL)
         told = started.communicate()[1]
         if number == 0:
-            assert started.returncode == 130 and "the same command with --resume goes on" in told, told
+            # Where Ctrl-C falls into code that Python made of a string (a dataclass in an import), Python itself ends
+            # the process by the signal, which a shell shows as 130 too.
+            assert started.returncode in (130, -signal.SIGINT), told
+            assert "the same command with --resume goes on" in told, told
     started = process(folder, run, base, "--resume")
     told = started.communicate()[1]
     assert started.returncode == 0, told

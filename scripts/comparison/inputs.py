@@ -24,7 +24,7 @@ from llm_clf.prompting.tasks import load_task
 PAPERS = Path(__file__).resolve().parent.parent.parent / "data" / "papers.csv"
 TASK = "medical_paper"
 TITLE_WORDS = 12
-# About 390 tokens of glm-nano with the short instruction, as the rows of docs/contest.md have; one in twenty has 600.
+# About 350 tokens of glm-nano with the short instruction, as the rows of docs/contest.md have; one in twenty has 600.
 MEAN_WORDS, SPREAD_WORDS, MIN_WORDS = 180, 64, 20
 BASES = (*SIZES, DEFAULT_BASE)
 
