@@ -10,6 +10,7 @@ folder in bf16 with a card; `training-log.csv` beside the weights holds the loss
 learning rate: an unfinished training is cooled down by a smaller number.
 """
 
+import os
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -35,22 +36,23 @@ def main(
     corpus: Path,
     out: Annotated[Path, typer.Option(help="Folder for the finished base.")],
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.work.")] = False,
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 10_000_000,
-    corpus_tokens: Annotated[int, typer.Option(help="Tokens to read; 0 reads the whole corpus.")] = 26_000_000,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 32_000_000,
+    corpus_tokens: Annotated[int, typer.Option(help="Tokens to read; 0 reads the whole corpus.")] = 0,
     vocabulary: int = 16384,
     width: int = 256,
     layers: int = 4,
     feed_forward: int = 512,
     heads: int = 4,
     kv_heads: int = 2,
-    questions: Annotated[float, typer.Option(help="Share of documents that ask something.")] = 0.5,
-    answer_weight: Annotated[float, typer.Option(help="Weight of an answer's token, against 1 of text.")] = 8.0,
+    questions: Annotated[float, typer.Option(help="Share of papers that something is asked about.")] = 0.6,
+    answer_weight: Annotated[float, typer.Option(help="Weight of an answer's token, against 1 of text.")] = 20.0,
     counted: Annotated[bool, typer.Option(help="Take first embeddings from counts.")] = True,
     sampled: Annotated[
         int, typer.Option(help="Tokens that a loss is computed over; its own targets are among.")
     ] = 2048,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward and backward.")] = 4096,
     step_batches: Annotated[int, typer.Option(help="Of these to one optimiser step.")] = 2,
+    threads: Annotated[int, typer.Option(help="Batches computed at the same time, each on a thread (CPU).")] = 2,
     learning_rate: float = 3e-3,
     embedding_share: Annotated[float, typer.Option(help="Learning rate of embeddings, as a share.")] = 0.3,
     warmup: float = 0.02,
@@ -73,7 +75,9 @@ def main(
         with torch.no_grad():
             model.model.embed_tokens.weight.copy_(count_embeddings(rows, vocabulary, width, 0.02, seed))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    worker = Worker(model, torch.device(name), sampled, seed)
+    if name == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // threads))
+    worker = Worker(model, torch.device(name), sampled, seed, threads if name == "cpu" else 1)
     plan = Plan(tokens, step_batches, batch_tokens, learning_rate, warmup, decay, answer_weight, seed)
     state = train(worker, build_optimizers(model, embedding_share), rows, held_out, plan, work)
 

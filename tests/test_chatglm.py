@@ -285,7 +285,7 @@ def test_family_and_rope_are_what_the_names_or_the_settings_say(tmp_path: Path) 
     assert rope("THUDM/chatglm3-6b-32k") == rope("", "chatglm3-6b-128k") == theta
     assert rope("mine", family="chatglm3") == rope("THUDM/chatglm2-6b-32k", rope_ratio="theta") == theta
     with pytest.raises(ConfigError, match="Set model.family"):
-        rope("/root/checkpoint-500")
+        rope("/models/checkpoint-500")
     with pytest.raises(ConfigError, match="Set model.family"):
         rope("chatglm2-and-chatglm3")
     assert family_of(tmp_path / "chatglm3-6b-128k") == "chatglm3"

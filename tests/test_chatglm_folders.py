@@ -557,7 +557,7 @@ def _(base: Path) -> None:
     "Set model.family to chatglm2 or chatglm3 (--set model.family=chatglm2)",
 )
 def _(base: Path) -> None:
-    edit_config(base, _name_or_path="/root/autodl-tmp/checkpoint-500")
+    edit_config(base, _name_or_path="/models/autodl-tmp/checkpoint-500")
     (base / "tokenizer_config.json").write_text("[]")
 
 

@@ -14,6 +14,7 @@ from llm_clf.baselines.ensemble import equal_weights
 from llm_clf.commands.parity import scored_with
 from llm_clf.commands.predict import write_scored
 from llm_clf.commands.scoring import score_members, score_rows, survey_rows
+from llm_clf.commands.training_run import claim
 from llm_clf.commands.validation import decide_validation
 from llm_clf.config import Settings, settings_to_dict
 from llm_clf.console import say, table
@@ -41,7 +42,6 @@ from llm_clf.runs import (
     load_run,
     package_versions,
     prompts_place,
-    require_same_inputs,
     run_metrics,
     save_facts,
     save_inputs,
@@ -144,13 +144,8 @@ def _claim(folder: Path, count: int, settings: Settings, data: TrainingData, *, 
     quiet_libraries()
     base = base_identity(settings.model.name)
     asked = {**settings_to_dict(settings), "cross-validation": {"folds": count}}
-    inputs = {"settings": asked, "prompts": data.hashes, "base": base}
-    if resume and (folder / INPUTS).is_file():
-        require_same_inputs(folder, inputs)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / FOLDS).mkdir(parents=True)
-        write_json(folder / INPUTS, inputs)
+    claim(folder, {"settings": asked, "prompts": data.hashes, "base": base}, resume=resume)
+    (folder / FOLDS).mkdir(exist_ok=True)
     return base
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llm_clf.commands.training_run import claim
 from llm_clf.config import Settings, settings_to_dict
 from llm_clf.config_loading import with_changes
 from llm_clf.console import say
 from llm_clf.errors import MemoryLimitError, TrainingError
-from llm_clf.files import read_json, replacing, write_json, write_yaml
+from llm_clf.files import read_json, replacing, write_yaml
 from llm_clf.runs import (
     CHECKPOINTS,
     INPUTS,
@@ -23,7 +24,6 @@ from llm_clf.runs import (
     is_run,
     package_versions,
     prompts_place,
-    require_same_inputs,
     run_metrics,
     save_facts,
 )
@@ -111,12 +111,8 @@ def _claim(folder: Path, sweep: Sweep, settings: Settings, prompts: Mapping[str,
         "prompts": dict(prompts),
         "base": base_identity(settings.model.name),
     }
-    if resume and (folder / INPUTS).is_file():
-        require_same_inputs(folder, inputs)
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / SWEEP).mkdir(parents=True)
-    write_json(folder / INPUTS, inputs)
+    claim(folder, inputs, resume=resume)
+    (folder / SWEEP).mkdir(exist_ok=True)
 
 
 def _clear(folder: Path, *kept: "Trial | None") -> None:

@@ -66,7 +66,7 @@ def score_validation(
         choice, fits, scored = _score(LoraSource(folder / ADAPTER, task, settings, None), prompts)
         if fits == settings.predict.batch_tokens:
             return choice, fits, scored
-        settings = settings.model_copy(update={"predict": settings.predict.model_copy(update={"batch_tokens": fits})})
+        settings = settings.having("predict", batch_tokens=fits)
 
 
 def _score(source: LoraSource, prompts: Sequence[Prompt]) -> tuple[MergeChoice, int, AllScored]:

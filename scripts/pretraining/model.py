@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,47 +70,61 @@ def rate(step: int, steps: int, warmup: float, decay: float) -> float:
     return min(1.0, rising, falling)
 
 
-class Worker:
-    """A copy of the model in bf16 that computes losses and gradients; the model itself stays fp32.
+def _half(model: GlmForCausalLM, device: torch.device) -> GlmForCausalLM:
+    half = copy.deepcopy(model).to(device)
+    # On a CPU, SDPA's own kernels take twice as long as plain products for texts of this length.
+    half.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    for parameter in half.parameters():
+        # Buffers such as the rotary frequencies stay as they are.
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return half
 
-    Weights are rounded once a step, and the base is trained as it will be used.
+
+class Worker:
+    """Copies of the model in bf16 that compute losses and gradients; the model itself stays fp32.
+
+    Weights are rounded once a step, and the base is trained as it will be used. Several copies compute batches at the
+    same time, each on a thread of its own: small products run better side by side than each of them on all cores.
     """
 
-    def __init__(self, model: GlmForCausalLM, device: torch.device, sampled: int, seed: int) -> None:
+    def __init__(self, model: GlmForCausalLM, device: torch.device, sampled: int, seed: int, copies: int = 1) -> None:
         self.model = model
-        self.copy = copy.deepcopy(model).to(device)
-        # On a CPU, SDPA's own kernels take twice as long as plain products for texts of this length.
-        self.copy.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-        for parameter in self.copy.parameters():
-            # Buffers such as the rotary frequencies stay as they are.
-            parameter.data = parameter.data.to(torch.bfloat16)
+        self.copies = [_half(model, device) for _ in range(copies)]
+        self.pool = ThreadPoolExecutor(copies)
         self.device, self.sampled, self.seed = device, sampled, seed
 
     def load(self) -> None:
         """Take over the model's weights and forget the gradients."""
         with torch.no_grad():
-            for mine, parameter in zip(self.copy.parameters(), self.model.parameters(), strict=True):
-                mine.copy_(parameter)
-                mine.grad = None
+            for half in self.copies:
+                for mine, parameter in zip(half.parameters(), self.model.parameters(), strict=True):
+                    mine.copy_(parameter)
+                    mine.grad = None
 
     def backward(self, batches: Sequence[Batch], step: int) -> float:
         """Give the model the gradient of the batches' mean loss; return that loss in nats per token."""
         self.load()
         whole = float(sum(batch.weights[:, 1:].sum() for batch in batches))
-        total = 0.0
-        for part, batch in enumerate(batches):
-            loss = self._loss(batch, torch.Generator().manual_seed(hash((self.seed, step, part)) % 2**63)) / whole
-            torch.autograd.backward(loss)
-            total += loss.item()
-        for mine, parameter in zip(self.copy.parameters(), self.model.parameters(), strict=True):
-            parameter.grad = mine.grad.to(parameter.device, torch.float32)
+
+        def one(place: int) -> float:
+            half, total = self.copies[place], 0.0
+            for part in range(place, len(batches), len(self.copies)):
+                generator = torch.Generator().manual_seed(hash((self.seed, step, part)) % 2**63)
+                loss = self._loss(half, batches[part], generator) / whole
+                torch.autograd.backward(loss)
+                total += loss.item()
+            return total
+
+        total = sum(self.pool.map(one, range(len(self.copies))))
+        for parameter, *mine in zip(self.model.parameters(), *(half.parameters() for half in self.copies), strict=True):
+            parameter.grad = sum(x.grad.to(parameter.device, torch.float32) for x in mine if x.grad is not None)
         return total
 
-    def _loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    def _loss(self, half: GlmForCausalLM, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """Return the weighted sum of the batch's losses, over a sample of the vocabulary."""
-        states = self.copy.model(input_ids=batch.ids.to(self.device), use_cache=False).last_hidden_state[:, :-1]
+        states = half.model(input_ids=batch.ids.to(self.device), use_cache=False).last_hidden_state[:, :-1]
         targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
-        embeddings = self.copy.get_output_embeddings().weight
+        embeddings = half.get_output_embeddings().weight
         candidates, places, corrections = sample_vocabulary(targets, len(embeddings), self.sampled, generator)
         chosen = embeddings[candidates.to(self.device)]
         parts = (part.to(self.device) for part in (places, weights, corrections))
@@ -119,17 +134,18 @@ class Worker:
     def measure(self, batches: Sequence[Batch]) -> tuple[float, float]:
         """Return the loss of text in nats per token over the whole vocabulary, and how often an answer is right."""
         self.load()
+        half = self.copies[0]
         lost = texts = right = answers = 0.0
         for batch in batches:
-            states = self.copy.model(input_ids=batch.ids.to(self.device), use_cache=False).last_hidden_state[:, :-1]
+            states = half.model(input_ids=batch.ids.to(self.device), use_cache=False).last_hidden_state[:, :-1]
             targets, weights = (x[:, 1:].flatten().to(self.device) for x in (batch.ids, batch.weights))
-            logits = self.copy.lm_head(states.flatten(0, 1)[weights > 0]).float()
+            logits = half.lm_head(states.flatten(0, 1)[weights > 0]).float()
             targets, weights = targets[weights > 0], weights[weights > 0]
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             lost += losses[weights == 1].sum().item()
             texts += (weights == 1).sum().item()
             # The end token behind an answer is no feat.
-            asked = (weights > 1) & (targets != self.copy.config.eos_token_id)
+            asked = (weights > 1) & (targets != half.config.eos_token_id)
             right += (logits[asked].argmax(dim=1) == targets[asked]).sum().item()
             answers += asked.sum().item()
         return lost / max(1.0, texts), right / answers if answers else math.nan
