@@ -44,7 +44,7 @@ ModelSet = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE",
-        help="One setting of model, predict or decide, such as model.quantization=4bit or decide.objective=f1.",
+        help="One setting of model, predict, decide or speed, such as model.quantization=4bit or decide.objective=f1.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted command left.")]

@@ -49,7 +49,7 @@ class ModelSettings(Section):
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Hold the linear layers in 8 bits (LLM.int8()) or 4 bits (NF4, double quantisation), and compute in `dtype`."""
     family: Literal["auto", "chatglm2", "chatglm3"] = "auto"
-    """An original ChatGLM folder: whose prompts and special tokens; auto: by `_name_or_path` or the folder's name."""
+    """An original ChatGLM folder: whose prompts and special tokens; auto: by the name in its files, or the folder's."""
     rope_ratio: Literal["auto", "linear", "theta"] = "auto"
     """An original ChatGLM folder: its `rope_ratio` divides positions or multiplies theta; auto: by the family."""
     head: Literal["label-words", "linear"] = "label-words"
@@ -77,7 +77,7 @@ class DataSettings(Section):
 
 
 class LoraSettings(Section):
-    """The adapter, as PEFT's LoraConfig names things."""
+    """The adapter; PEFT calls alpha and dropout `lora_alpha` and `lora_dropout`, the rest as here."""
 
     r: Annotated[int, Field(ge=1)] = 8
     """Rank."""
@@ -121,7 +121,7 @@ class TrainSettings(Section):
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """Rows of an epoch: each once; or as many, the same number of each label: rare ones several times."""
     seed: Annotated[int, Field(ge=0, le=10**9)] = 42
-    """Seed of the adapter's initial weights, of dropout and of the order of rows; of the folds of a TF-IDF baseline."""
+    """Seed of the adapter's initial weights, of dropout, of the order of rows, of folds."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time; auto: where it is needed."""
 

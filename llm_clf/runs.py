@@ -280,7 +280,7 @@ def task_facts(task: Task) -> dict[str, Any]:
 def _require_unchanged(run: Run) -> None:
     """Refuse a run whose task, or what was learned, is not the one of the training."""
     trained, now = run.facts.get("task"), task_facts(run.task)
-    # Runs of version 0.1 say nothing of their task.
+    # Runs made before it was recorded say nothing of their task.
     if isinstance(trained, dict) and trained != now:
         found = "its instruction, template or words differ"
         if trained.get("labels") != now["labels"]:

@@ -3,11 +3,13 @@
 python scripts/settings_table.py
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import annotated_types
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from llm_clf.config import EncoderSettings, Settings, Tree
 
@@ -16,8 +18,8 @@ HEAD = """# Settings
 
 Made by `python scripts/settings_table.py` from `llm_clf/config.py`. Give settings in a YAML file (`--config FILE`)
 and one by one (`--set lora.r=16`); later ones win: defaults, `configs/glm-nano.yaml` where glm-nano is the base,
-`--config`, `--set`. All are checked together before any model is loaded; `config.yaml` in the run folder holds
-what was used.
+`--config`, `--set`, `--model`. All are checked together before any model is loaded; `config.yaml` in the run folder
+holds what was used.
 """
 ENCODER = """
 # Settings of `baseline encoder`
@@ -50,17 +52,24 @@ def _plain(value: Any) -> str:
 
 
 def _allowed(setting: Any) -> str:
-    bounds = [
-        f"{sign} {getattr(mark, name):g}"
-        for mark in setting.metadata
-        for kind, name, sign in (
-            (annotated_types.Ge, "ge", "≥"),
-            (annotated_types.Gt, "gt", ">"),
-            (annotated_types.Lt, "lt", "<"),
-        )
+    return _type(setting.annotation) + _bounds(setting.metadata)
+
+
+def _bounds(marks: Iterable[Any]) -> str:
+    signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Lt: "<", annotated_types.Le: "≤"}
+    found = [
+        f"{sign} {getattr(mark, kind.__name__.lower()):,}"
+        for mark in _marks(marks)
+        for kind, sign in signs.items()
         if isinstance(mark, kind)
     ]
-    return _type(setting.annotation) + (", " + ", ".join(bounds) if bounds else "")
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _marks(marks: Iterable[Any]) -> Iterator[Any]:
+    """Yield single marks; pydantic's Field holds several."""
+    for mark in marks:
+        yield from mark.metadata if isinstance(mark, FieldInfo) else (mark,)
 
 
 def _type(annotation: Any) -> str:
@@ -69,17 +78,18 @@ def _type(annotation: Any) -> str:
         return names[annotation]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = annotation.model_fields.items()
-        return "{" + ", ".join(f"{key}: {_type(field.annotation)}" for key, field in fields) + "}"
+        return "{" + ", ".join(f"{key}: {_allowed(field)}" for key, field in fields) + "}"
     arguments = get_args(annotation)
     if arguments and all(isinstance(argument, str) for argument in arguments):
         return ", ".join(arguments)
+    if hasattr(annotation, "__metadata__"):
+        return _type(arguments[0]) + _bounds(annotation.__metadata__)
     origin = getattr(annotation, "__origin__", None)
     if origin is list:
         return "list of text"
     if origin is dict:
         return f"{_type(get_args(annotation)[1])} by label"
-    # The marks of an Annotated have no name.
-    return " or ".join(filter(None, map(_type, arguments)))
+    return " or ".join(map(_type, arguments))
 
 
 if __name__ == "__main__":

@@ -553,7 +553,7 @@ def _(base: Path) -> None:
 
 @config_kind(
     "a name that says neither family",
-    "base: neither config.json (_name_or_path) nor the folder's name says",
+    "base: neither config.json (_name_or_path), tokenizer_config.json (name_or_path) nor the folder's name says",
     "Set model.family to chatglm2 or chatglm3 (--set model.family=chatglm2)",
 )
 def _(base: Path) -> None:

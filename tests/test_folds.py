@@ -111,6 +111,10 @@ def test_the_run_holds_the_runs_of_its_folds(made: Path) -> None:
     facts, stored = json_of(run / "run.json"), json_of(run / "ensemble.json")
     assert facts["kind"] == "ensemble" and facts["name"] == "run"
     assert facts["folds"] == {"count": 3, "rows": [8, 8, 8]} and facts["rows"]["train"] == 24
+    each = [json_of(run / "folds" / str(number) / "run.json") for number in (1, 2, 3)]
+    speeds = [fold["training"]["rows_per_second"] for fold in each]
+    assert min(speeds) <= facts["training"]["rows_per_second"] <= max(speeds)
+    assert facts["peak_memory"]["resident_bytes"] == max(fold["peak_memory"]["resident_bytes"] for fold in each)
     assert [one["run"] for one in stored["members"]] == ["folds/1", "folds/2", "folds/3"]
     assert stored["method"] == "log-odds" and stored["weights"] == [1 / 3] * 3
     assert not list(run.rglob("checkpoints")) and not list(run.rglob("inputs.json"))

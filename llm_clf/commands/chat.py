@@ -36,7 +36,7 @@ def chat(
         source: A run or a bare adapter; None: the base alone.
         model: The base; needed for a bare adapter, glm-nano where there is no source.
         task: For a bare adapter or a base: the task of `/classify`.
-        set: Settings of the sections model, predict and speed as `section.key=value`.
+        set: Settings of the sections model, predict, decide and speed as `section.key=value`.
         once: A text to answer; None: talk until the input ends.
 
     Raises:

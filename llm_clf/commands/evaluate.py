@@ -73,8 +73,7 @@ def evaluate(
     metrics = measure(table)
     notes = _notes(table, known, source) if source is not None else []
     if folder is not None:
-        write_json(folder / METRICS, metrics)
-        _write_report(folder, file.name, table, metrics, known, sliced, source, notes)
+        _write_results(folder, file.name, table, metrics, known, sliced, source, notes)
     if suspected is not None:
         write_suspects(suspected, found, known.texts)
         _tell_suspects(suspected, found, table, notes)
@@ -106,7 +105,7 @@ def _tell_suspects(file: Path, found: Sequence[Suspect], table: PredictionTable,
         say(f"Note: {note}")
 
 
-def _write_report(
+def _write_results(
     folder: Path,
     source: str,
     table: PredictionTable,
@@ -128,11 +127,13 @@ def _write_report(
     if run is not None:
         why = "Not drawn: this run was not measured while it was trained."
     plots = draw_plots(Judged.of(table), learning_curves(run) if run is not None else None, why)
-    report = Report(source, table, metrics, plots, slicings, rows, notes)
+    page = report_html(Report(source, table, metrics, plots, slicings, rows, notes))
+    # All is made before the first is written, so that files of two evaluations hardly ever stand side by side.
+    write_json(folder / METRICS, metrics)
     with writing(folder):
         write_pngs(plots, folder)
     with replacing(folder / REPORT) as temporary:
-        temporary.write_text(report_html(report), encoding="utf-8", newline="\n")
+        temporary.write_text(page, encoding="utf-8", newline="\n")
     say(f"The report is {folder / REPORT}.")
 
 

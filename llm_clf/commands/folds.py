@@ -118,7 +118,7 @@ def run_folds(count: int, settings: Settings, data: TrainingData, folder: Path, 
                 "valid": len(data.valid),
                 "labels": data.counts,
             },
-            "training": {"seconds": round(sum(run.facts["training"]["seconds"] for run in members), 2)},
+            "training": _training_facts(members),
             "prompts": data.hashes,
             "data": prompts_place(data.folder, folder),
             "scored_with": scored_with(folder, None, None),
@@ -126,10 +126,22 @@ def run_folds(count: int, settings: Settings, data: TrainingData, folder: Path, 
             "versions": package_versions(),
             "commit": commit(),
             "hardware": members[0].facts["hardware"],
+            "peak_memory": _highest([run.facts["peak_memory"] for run in members]),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 2),
         },
     )
+
+
+def _training_facts(members: Sequence[Run]) -> dict[str, float]:
+    each = [run.facts["training"] for run in members]
+    seconds = sum(one["seconds"] for one in each)
+    rows = sum(one["seconds"] * one["rows_per_second"] for one in each)
+    return {"seconds": round(seconds, 2), "rows_per_second": round(rows / max(seconds, 1e-9), 2)}
+
+
+def _highest(peaks: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: max(peak[name] for peak in peaks) for name in peaks[0]}
 
 
 def fold_folders(folder: Path) -> list[Path]:

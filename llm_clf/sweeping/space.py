@@ -21,6 +21,7 @@ FIXED = {
     "model.family": OF_THE_BASE,
     "model.rope_ratio": OF_THE_BASE,
     "model.dtype": ROUNDING,
+    "data.token_cache": ROUNDING,
     "train.seed": "would choose the seed that is luckiest on the validation rows and no better on others",
     "train.metric": "is what trials are compared by",
     "train.eval_every": "must be the same in all trials, which are compared at the same evaluations",

@@ -139,8 +139,9 @@ def family_of(folder: Path, wanted: str = "auto") -> str:
         if len(found) == 1:
             return found.pop()
     raise ConfigError(
-        f"{folder}: neither config.json (_name_or_path) nor the folder's name says whether this is a ChatGLM2 or a "
-        "ChatGLM3, and their prompts differ. Set model.family to chatglm2 or chatglm3 (--set model.family=chatglm2)."
+        f"{folder}: neither config.json (_name_or_path), tokenizer_config.json (name_or_path) nor the folder's name "
+        "says whether this is a ChatGLM2 or a ChatGLM3, and their prompts differ. Set model.family to chatglm2 or "
+        "chatglm3 (--set model.family=chatglm2)."
     )
 
 
