@@ -25,10 +25,11 @@ nothing else, and what it writes is made up.
 ## Training
 
 `python scripts/pretrain_base.py CORPUS --out llm_clf/models/glm-nano`: {tokens:,} tokens; Muon for the
-matrices and AdamW for the rest, warm-up, stable rate and linear decay, bf16; {minutes} minutes. First embeddings are
-factored from counts of the corpus. A part of the documents asks what the paper itself answers: which field it is from,
-which topics its words speak of, whether a title belongs to it, which words were taken out of it. Loss in nats per token
-of text; answers: how often the held-out questions were answered right. The held-out documents were not trained on.
+matrices and AdamW for the rest, warm-up, stable rate and linear decay, bf16; {minutes} minutes of wall-clock time on
+CPU cores that other work had first. First embeddings are factored from counts of the corpus. A part of the documents
+asks what the paper itself answers: whether a title belongs to a text, which words were taken out of it, which field
+it is from. Loss in nats per token of text; answers: how often the held-out questions were answered right. The
+held-out documents were not trained on.
 
 | tokens | training loss | held-out loss | answers |
 |---|---|---|---|

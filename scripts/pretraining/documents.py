@@ -1,8 +1,8 @@
 """Papers to documents: plain ones, and ones that ask what the paper itself answers.
 
 A base that has read instruction, text and answer in this order learns a task of that shape from few rows. What is asked
-is known without any labelling: which field a paper is from, which topics its words speak of, whether a title belongs to
-it, what the title is, and whether words that were taken out belong to it. No real task's instruction is among them.
+is known without any labelling: whether a title belongs to a text, which of two does, what the title is, whether
+words that were taken out belong to it, and which field it is from. No real task's instruction is among the wordings.
 """
 
 import random
@@ -12,20 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pretraining.corpus import Paper
-from pretraining.wordings import (
-    ANSWERS,
-    CLAIMS,
-    EXACT,
-    INPUTS,
-    LIFE,
-    MATCHES,
-    PATTERNS,
-    REVIEWS,
-    TITLES,
-    TOPICS_BELOW,
-    WITHOUT_TITLE,
-    WORDS,
-)
 
 # Characters of a text in a question: with instruction and answers it then fits into the context.
 LONGEST = 3000
@@ -33,6 +19,79 @@ WORD = re.compile(r"[A-Za-z][a-z]+(?:-[a-z]+)*")
 # Papers that are kept to mix up with, and papers whose words are counted.
 APART = 50
 COUNTED = 5000
+
+INPUTS = 6 * ("title:{title},abstract:{text}",) + (
+    "title: {title}\nabstract: {text}",
+    "Title: {title}. Abstract: {text}",
+    "{title}\n{text}",
+)
+WITHOUT_TITLE = 3 * ("abstract:{text}",) + ("title:,abstract:{text}", "text: {text}", "{text}")
+ANSWERS = 6 * (("1", "0"),) + (
+    ("yes", "no"),
+    ("yes", "no"),
+    ("Yes", "No"),
+    ("true", "false"),
+    ("right", "wrong"),
+    ("A", "B"),
+    ("0", "1"),
+    ("no", "yes"),
+)
+CLAIMS = (
+    "Decide whether {claim}. Answer {yes} or {no}.",
+    "Does it hold that {claim}? Write {yes} if so, {no} if not.",
+    "Say if {claim}; {yes} means that it is so, {no} that it is not:",
+    "Is it true that {claim}? {yes} or {no}",
+    "Read the paper below and output {yes} if {claim}, else {no}.",
+    "Here are title and abstract of a paper. Output {yes} where {claim} and {no} otherwise -->",
+    "Please tell from the text whether {claim}, output {yes} or {no}, the text follows:",
+    "{yes}: {claim}. {no}: it is not so. Which of the two?",
+)
+LIFE = (
+    "this is from the life sciences",
+    "the paper is about biology or health",
+    "the authors work on medicine or biology",
+    "the topic is living beings, their diseases or their treatment",
+    "it was published in a biomedical journal",
+)
+EXACT = (
+    "this is from computing, astronomy or engineering",
+    "the paper is about machines, mathematics, physics or the sky",
+    "the authors work on computers, algorithms or physics",
+    "the topic is outside of biology and health",
+)
+MATCHES = (
+    "the title belongs to the abstract",
+    "title and abstract are of the same paper",
+    "this abstract was written under this title",
+)
+TITLES = ("Give the paper a title.", "Which title has this paper?", "Write the title of the text:", "What is it about?")
+CHOICES = (
+    "Which title fits the text, {a} or {b}? {a}: {first} {b}: {second}",
+    "Two titles: {a} {first} / {b} {second}. Answer with the one that the text has.",
+)
+WORDS = (
+    "Some words were taken out of the text. For each word below it answer {yes} if it is one of them, else {no}.",
+    "Say of every word behind the text whether it is likely in it, {yes} or {no}:",
+)
+REVIEWS = {
+    "ACEInhibitors": "ACE inhibitors",
+    "ADHD": "attention deficit disorder",
+    "Antihistamines": "antihistamines",
+    "AtypicalAntipsychotics": "antipsychotics",
+    "BetaBlockers": "beta blockers",
+    "CalciumChannelBlockers": "calcium channel blockers",
+    "Estrogens": "estrogens and hormones",
+    "Kitchenham_2010": "software and computing",
+    "NSAIDS": "drugs against inflammation",
+    "Nagtegaal_2019": "changes of health behaviour",
+    "Opiods": "opioids and pain",
+    "OralHypoglycemics": "drugs against diabetes",
+    "ProtonPumpInhibitors": "stomach acid and ulcers",
+    "SkeletalMuscleRelaxants": "relaxing muscles",
+    "Triptans": "migraine",
+    "UrinaryIncontinence": "incontinence",
+    "Bannach-Brown_2019": "depression in animals",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +107,11 @@ Document = list[Piece]
 
 
 def make_documents(papers: Iterable[Paper], questions: float, seed: int) -> Iterator[Document]:
-    """Yield one document for each paper; for one of biology or health under a question its plain text too.
+    """Yield one document for each paper.
 
     Args:
         papers: In an order that does not tell their sources apart.
-        questions: Share of papers that something is asked about.
+        questions: Share of documents that ask something.
         seed: Of all choices.
     """
     rng = random.Random(seed)
@@ -60,10 +119,7 @@ def make_documents(papers: Iterable[Paper], questions: float, seed: int) -> Iter
     for paper in papers:
         asked = asker.ask(paper) if rng.random() < questions else []
         asker.remember(paper)
-        if asked:
-            yield asked
-        if not asked or is_life(paper):
-            yield [Piece(_plain(paper, rng))]
+        yield asked or [Piece(_plain(paper, rng))]
 
 
 def _plain(paper: Paper, rng: random.Random) -> str:
@@ -92,52 +148,24 @@ class Asker:
         """Return a document of instruction, text and answers; an empty one where nothing can be asked."""
         if len(self.others) < APART:
             return []
-        kinds = [(self._topic, 25), (self._topics, 15), (self._words, 10)]
+        kinds = [(self._words, 30)]
         if paper.title:
-            kinds += [(self._match, 10), (self._title, 8)]
+            kinds += [(self._match, 20), (self._title, 15), (self._choice, 10)]
         if paper.source == "arxiv" or is_life(paper):
-            kinds += [(self._field, 30)]
+            kinds += [(self._field, 25)]
         if paper.source.startswith("asreview:"):
-            kinds += [(self._review, 15)]
+            kinds += [(self._review, 20)]
         asks, weights = zip(*kinds, strict=True)
         document: Document = self.rng.choices(asks, weights)[0](paper)
         return document
 
     def _field(self, paper: Paper) -> Document:
         life = is_life(paper)
-        about_life = self.rng.random() < 0.85
+        about_life = self.rng.random() < 0.7
         claim = self.rng.choice(LIFE if about_life else EXACT)
         # Biomedical passages have no titles: without one for others too, that alone would tell.
         title = paper.title if self.rng.random() < 0.6 else ""
         return self._claim(claim, self._input(title, paper.text), life == about_life)
-
-    def _topic(self, paper: Paper) -> Document:
-        has, lacks = self._about(paper)
-        true = self.rng.random() < 0.5
-        if not (has if true else lacks):
-            return []
-        title = paper.title if self.rng.random() < 0.8 else ""
-        claim = f"the topic is {self.rng.choice(has if true else lacks)}"
-        return self._claim(claim, self._input(title, paper.text), true)
-
-    def _topics(self, paper: Paper) -> Document:
-        has, lacks = self._about(paper)
-        some = self.rng.sample(has, min(4, len(has)))
-        yes, no = self.rng.choice(ANSWERS)
-        asked = [(topic, yes) for topic in some]
-        asked += [(topic, no) for topic in self.rng.sample(lacks, min(max(1, len(some)), len(lacks)))]
-        self.rng.shuffle(asked)
-        text = self._input(paper.title, paper.text)
-        document = [Piece(f"{self.rng.choice(TOPICS_BELOW).format(yes=yes, no=no)}\n{text}")]
-        for topic, answer in asked:
-            document += [Piece(f"\n{topic}\n"), Piece(answer, answer=True)]
-        return document
-
-    def _about(self, paper: Paper) -> tuple[list[str], list[str]]:
-        """Return topics that a paper has, and topics that it has not."""
-        text = f"{paper.title} {paper.text[:LONGEST]}"
-        found = {topic: len({word.lower() for word in pattern.findall(text)}) for topic, pattern in PATTERNS.items()}
-        return [topic for topic in found if found[topic] >= 2], [topic for topic in found if not found[topic]]
 
     def _review(self, paper: Paper) -> Document:
         right = REVIEWS.get(paper.source.removeprefix("asreview:"))
@@ -151,6 +179,14 @@ class Asker:
         true = self.rng.random() < 0.5
         title = paper.title if true else self._other_title(paper)
         return self._claim(self.rng.choice(MATCHES), self._input(title, paper.text), true)
+
+    def _choice(self, paper: Paper) -> Document:
+        titles = [paper.title, self._other_title(paper)]
+        names = self.rng.choice((("A", "B"), ("1", "2"), ("1", "0"), ("a", "b")))
+        right = self.rng.randrange(2)
+        first, second = titles if right == 0 else titles[::-1]
+        asked = self.rng.choice(CHOICES).format(a=names[0], b=names[1], first=first, second=second)
+        return [Piece(f"{asked}\n{self._input('', paper.text)}\n"), Piece(names[right], answer=True)]
 
     def _title(self, paper: Paper) -> Document:
         return [Piece(f"{self.rng.choice(TITLES)}\n{self._input('', paper.text)}\n"), Piece(paper.title)]
