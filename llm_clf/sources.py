@@ -76,9 +76,9 @@ class LoraSource:
     def identity(self) -> list[object]:
         """Return hashes of adapter and base, the task and the settings."""
         from llm_clf.models.adapters import adapter_weights
-        from llm_clf.models.bases import base_identity, quiet_libraries
+        from llm_clf.models.bases import base_identity, prepare_libraries
 
-        quiet_libraries()
+        prepare_libraries()
         return [
             file_hash(adapter_weights(self.adapter)) if self.adapter is not None else None,
             base_identity(self.settings.model.name)["hash"],
@@ -90,9 +90,9 @@ class LoraSource:
         """Load base and adapter; the base of a run must be the one that it was trained on."""
         from llm_clf.engine.classifier import Classifier, require_same_base
         from llm_clf.engine.fitting import memory_explained
-        from llm_clf.models.bases import quiet_libraries
+        from llm_clf.models.bases import prepare_libraries
 
-        quiet_libraries()
+        prepare_libraries()
         if self.run is not None:
             require_same_base(self.run)
         with memory_explained():
@@ -152,10 +152,10 @@ class EncoderSource:
         """Load encoder and head, which write no answers."""
         from llm_clf.baselines.encoder_model import EncoderScorer
         from llm_clf.engine.fitting import memory_explained
-        from llm_clf.models.bases import quiet_libraries
+        from llm_clf.models.bases import prepare_libraries
 
         assert not generate
-        quiet_libraries()
+        prepare_libraries()
         with memory_explained():
             return EncoderScorer.from_folder(self.folder, self.task, self.settings)
 

@@ -43,7 +43,7 @@ from comparison.work import STEP_ROWS, Job, Work  # noqa: E402
 
 import llm_clf  # noqa: E402
 from llm_clf.config import DEFAULT_BASE  # noqa: E402
-from llm_clf.models.bases import quiet_libraries  # noqa: E402
+from llm_clf.models.bases import prepare_libraries  # noqa: E402
 from llm_clf.runs import commit  # noqa: E402
 
 # Small micro-batches stay in the processor's caches, and so small a base learns with a higher rate.
@@ -91,7 +91,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parse(words)
     # Ended from outside, it still ends the tool that runs and removes its folder.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    quiet_libraries()
+    prepare_libraries()
     report = Report(given.out, machine_facts(), {name: _plain(value) for name, value in vars(given).items()})
     if given.dropout:
         study = Study(given.rows or PAPERS, given.keep, given.seeds, given.epochs, tuple(given.set))

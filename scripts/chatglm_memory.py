@@ -135,14 +135,14 @@ def main() -> None:
     """Do what the arguments say."""
     from llm_clf import import_chatglm
     from llm_clf.config import ModelSettings
-    from llm_clf.models.bases import load_model, quiet_libraries
+    from llm_clf.models.bases import load_model, prepare_libraries
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["make", "load", "import"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
-    quiet_libraries()
+    prepare_libraries()
     if given.what == "make":
         make(given.folder, SIZES)
     elif given.what == "import":

@@ -69,7 +69,7 @@ from llm_clf.engine.tokens import TrainingExample  # noqa: E402
 from llm_clf.engine.training import train  # noqa: E402
 from llm_clf.errors import ConfigError, LlmClfError  # noqa: E402
 from llm_clf.models.adapters import new_adapter  # noqa: E402
-from llm_clf.models.bases import quiet_libraries  # noqa: E402
+from llm_clf.models.bases import prepare_libraries  # noqa: E402
 from llm_clf.models.budget import Plan, RowLengths, Shapes, free_memory, plan_training  # noqa: E402
 from llm_clf.models.chatglm.weights import native_shapes  # noqa: E402
 from llm_clf.models.devices import DTYPES, choose_device, choose_dtype, hardware  # noqa: E402
@@ -713,7 +713,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parse(words)
     options = Options(given.size, given.rows, given.seconds, given.memory, tuple(given.set))
     if given.alone:
-        quiet_libraries()
+        prepare_libraries()
         device = choose_device()
         result = check_mode(given.alone, options, device)
         given.out.write_text(json.dumps({"result": result, "machine": machine_facts(device)}))

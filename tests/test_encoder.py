@@ -35,7 +35,7 @@ from llm_clf.config_loading import load_tree
 from llm_clf.engine.scores import Scored
 from llm_clf.errors import ArtifactError, ConfigError, DataError, LabelError, LlmClfError, TrainingError
 from llm_clf.files import file_hash, partial_name
-from llm_clf.models.bases import quiet_libraries
+from llm_clf.models.bases import prepare_libraries
 from llm_clf.models.encoders import load_encoder_tokenizer, load_trunk, longest_input
 from llm_clf.prompting.prompts import Prompt
 from llm_clf.prompting.tasks import Task, load_task
@@ -77,7 +77,7 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     """Return a function that makes an encoder folder of random weights; the same one for the same family."""
     from transformers import AutoConfig, AutoModel
 
-    quiet_libraries()
+    prepare_libraries()
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:

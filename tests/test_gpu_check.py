@@ -24,7 +24,7 @@ TINY = Options("tiny", rows=16, seconds=1.0, memory=None)
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
     """Return what is found about every mode, on the CPU also where there is a card."""
-    gpu_check.quiet_libraries()
+    gpu_check.prepare_libraries()
     return {mode: gpu_check.check_mode(mode, TINY, CPU) for mode in ALL}
 
 

@@ -94,13 +94,13 @@ def _check_settings(settings: EncoderSettings, data: TrainingData) -> None:
 def _train_run(settings: EncoderSettings, data: TrainingData, folder: Path, *, resume: bool) -> None:
     """Fill the unfinished run folder; its run.json comes last."""
     from llm_clf.engine.fitting import memory_explained
-    from llm_clf.models.bases import base_identity, quiet_libraries
+    from llm_clf.models.bases import base_identity, prepare_libraries
     from llm_clf.models.budget import AUTO, BUDGETS
     from llm_clf.models.devices import choose_device, describe, hardware, peak_memory
     from llm_clf.models.encoders import require_encoder
 
     started, clock = datetime.now(UTC), time.monotonic()
-    quiet_libraries()
+    prepare_libraries()
     device = choose_device()
     require_encoder(settings.model.name)
     settings = settings.having("model", dtype=_trainable_type(settings.model.dtype, device))

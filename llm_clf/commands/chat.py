@@ -139,10 +139,10 @@ def _load(
     from llm_clf.engine.classifier import Classifier, prompt_tokenizer, require_same_base
     from llm_clf.engine.heads import make_head
     from llm_clf.models.adapters import attach_adapter
-    from llm_clf.models.bases import load_model, load_tokenizer, quiet_libraries
+    from llm_clf.models.bases import load_model, load_tokenizer, prepare_libraries
     from llm_clf.models.devices import choose_device, choose_dtype, describe
 
-    quiet_libraries()
+    prepare_libraries()
     found = _find(source, model, task, overrides)
     if found.run is not None:
         require_same_base(found.run)

@@ -49,9 +49,9 @@ def doctor(*, model: str | None = None, set: Sequence[str] = (), data: str | Pat
         ArtifactError: The base's config or tokenizer cannot be found.
         DataError: `data` is no prompts folder, or has no labelled training rows.
     """
-    from llm_clf.models.bases import SHIPPED, quiet_libraries
+    from llm_clf.models.bases import SHIPPED, prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     cuda = _cuda()
     memory = _memory()
     free = cuda["cards"][0]["free_bytes"] if cuda["cards"] else memory["available_bytes"]

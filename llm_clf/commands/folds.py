@@ -151,9 +151,9 @@ def fold_folders(folder: Path) -> list[Path]:
 
 def _claim(folder: Path, count: int, settings: Settings, data: TrainingData, *, resume: bool) -> dict[str, Any]:
     """Make the unfinished run folder, or check that the one there belongs to the same folds; return the base."""
-    from llm_clf.models.bases import base_identity, quiet_libraries
+    from llm_clf.models.bases import base_identity, prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     base = base_identity(settings.model.name)
     asked = {**settings_to_dict(settings), "cross-validation": {"folds": count}}
     claim(folder, {"settings": asked, "prompts": data.hashes, "base": base}, resume=resume)

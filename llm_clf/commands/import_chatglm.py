@@ -109,10 +109,10 @@ def _base(folder: Path, overrides: Sequence[str]) -> ModelSettings:
 
 def _import(base: ModelSettings, folder: Path, target: Path, only: Only) -> None:
     from llm_clf.models.adapters import save_tokenizer
-    from llm_clf.models.bases import load_tokenizer, quiet_libraries, resolve_base
+    from llm_clf.models.bases import load_tokenizer, prepare_libraries, resolve_base
     from llm_clf.models.chatglm.tokenizer import end_ids
 
-    quiet_libraries()
+    prepare_libraries()
     base, _ = resolve_base(base)
     # What is wrong with the source shows before anything is written.
     tokenizer = load_tokenizer(base) if only != "weights" else None

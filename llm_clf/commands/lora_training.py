@@ -65,13 +65,13 @@ def train_run(
     """
     from llm_clf.engine.fitting import memory_explained
     from llm_clf.models.adapters import require_mergeable
-    from llm_clf.models.bases import base_identity, quiet_libraries, resolve_base
+    from llm_clf.models.bases import base_identity, prepare_libraries, resolve_base
     from llm_clf.models.budget import mode_of
     from llm_clf.models.devices import choose_device, choose_dtype, describe, hardware, peak_memory
     from llm_clf.models.memory import empty_model
 
     started, clock = datetime.now(UTC), time.monotonic()
-    quiet_libraries()
+    prepare_libraries()
     device = choose_device()
     dtype = choose_dtype(settings.model.dtype, device)
     resolved, _ = resolve_base(settings.model)

@@ -167,11 +167,11 @@ def _validation(run: Run, folder: Path | None) -> list[Prompt]:
 def _merge(run: Run, valid: list[Prompt], folder: Path, name: str) -> dict[str, Any]:
     """Fill the unfinished folder; its merge.json comes last."""
     from llm_clf.engine.classifier import require_same_base
-    from llm_clf.models.bases import quiet_libraries
+    from llm_clf.models.bases import prepare_libraries
     from llm_clf.models.devices import choose_device, choose_dtype
 
     clock = time.monotonic()
-    quiet_libraries()
+    prepare_libraries()
     settings, decisions = run.settings, run_decisions(run)
     choose_dtype(settings.model.dtype, choose_device())
     require_same_base(run)

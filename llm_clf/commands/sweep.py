@@ -101,9 +101,9 @@ def _claim(folder: Path, sweep: Sweep, settings: Settings, prompts: Mapping[str,
 
     The number of trials may be another one: it changes nothing in those that are made.
     """
-    from llm_clf.models.bases import base_identity, quiet_libraries
+    from llm_clf.models.bases import base_identity, prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     plan = sweep.model_dump(mode="json", exclude={"trials", "settings"})
     spaces = sweep.model_dump(mode="json", exclude_none=True)["settings"]
     inputs = {

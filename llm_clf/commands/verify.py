@@ -173,9 +173,9 @@ def _tokens_differ(run: Run, prompts: list[Prompt]) -> bool:
 
 
 def _token_digest(run: Run, prompts: list[Prompt]) -> str | None:
-    from llm_clf.models.bases import base_config, load_tokenizer, quiet_libraries
+    from llm_clf.models.bases import base_config, load_tokenizer, prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     if run.kind == ENCODER:
         from llm_clf.baselines.encoder_model import load_classifier, row_tokenizer
         from llm_clf.models.devices import choose_device

@@ -290,9 +290,14 @@ def _hash_sample(file: Path, digest: "hashlib._Hash") -> None:
             digest.update(opened.read(SAMPLE))
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the terminal; ours say what matters."""
+def prepare_libraries() -> None:
+    """Set up torch and its like before they compute: less memory, and none of their own bars and notices.
+
+    oneDNN keeps a kernel for each shape that it has met. Packed rows have ever new lengths: 1,024 kernels, its default,
+    are half a gigabyte, and few are met again.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -19,7 +19,7 @@ from llm_clf.engine.speed import speed_up
 from llm_clf.engine.tokens import TrainingExample
 from llm_clf.engine.training import train as train_adapter
 from llm_clf.models.adapters import attach_adapter, new_adapter, save_adapter
-from llm_clf.models.bases import load_model, load_tokenizer, quiet_libraries
+from llm_clf.models.bases import load_model, load_tokenizer, prepare_libraries
 from llm_clf.models.devices import choose_device
 
 PAD = 0
@@ -61,7 +61,7 @@ class StepLog(Accelerator):  # type: ignore[misc]
 
 def train(work: Work) -> dict[str, Any]:
     """Train the adapter as finetune does, without validation."""
-    quiet_libraries()
+    prepare_libraries()
     job, device = work.job(), choose_device()
     settings = settings_of(work.base, job)
     base = load_model(settings.model, dtype=job.dtype, device=device)
@@ -90,7 +90,7 @@ def train(work: Work) -> dict[str, Any]:
 
 def predict(work: Work) -> dict[str, Any]:
     """Score all labels of every row as predict does; `log_loss` is that of the rows' own answers."""
-    quiet_libraries()
+    prepare_libraries()
     job = work.job()
     settings = settings_of(work.base, job)
     model = load_model(settings.model, dtype=job.dtype, device=choose_device())
