@@ -1,5 +1,6 @@
 """How a training is cut to the memory there is, and what is refused before anything is loaded."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from llm_clf import finetune
 from llm_clf.config import Settings
 from llm_clf.config_loading import load_settings
 from llm_clf.errors import ConfigError
+from llm_clf.models.bases import prepare_libraries
 from llm_clf.models.budget import SHARE, Plan, RowLengths, Shapes, plan_training, require_fit
 from llm_clf.models.memory import AdapterShape, BaseShape
 
@@ -110,3 +112,16 @@ def test_4_bits_need_layers_of_whole_blocks_on_a_cpu(make_base: Any) -> None:
     base = ModelSettings(name=str(make_base("glm")), quantization="4bit")
     with pytest.raises(ConfigError, match=r"has 32 inputs.*multiple of 64.*Use 8bit"):
         load_model(base, dtype="fp32", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "128"), ("7", "7")])
+def test_few_kernels_are_kept_unless_the_user_says_how_many(
+    given: str | None, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    if given is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, given)
+    prepare_libraries()
+    assert os.environ[name] == kept
